@@ -1,0 +1,1 @@
+"""What every competition shares: transport, payloads, gateway and server templates."""

@@ -1,0 +1,248 @@
+"""What the Torch member scores against simpler networks, and how fast it learns and answers.
+
+    python tests/benchmark_torch.py            # about half an hour on two idle cores
+    python tests/benchmark_torch.py --speed    # batches and serving only, about a minute
+
+Scores are out-of-fold on simulated recordings: 24 subjects, half of the protocol each, two of four
+folds. "assigned" lets each subject's recordings take every composite label once. The baselines see
+the same batches, losses and schedule; only the network differs.
+"""
+
+import dataclasses
+import itertools
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
+
+import cmi_pipeline as cmi  # noqa: E402
+
+FOLDS, USED_FOLDS = 4, 2
+
+
+def simulated(subjects: int = 24, recordings: int = 51, seed: int = 1) -> cmi.Recordings:
+    """Canonical simulated recordings; nobody is taken to wear the device upside down."""
+    import cmi_simulator
+
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = ["--subjects", str(subjects), "--recordings", str(recordings)]
+        cmi_simulator.main([folder, *sizes, "--test-subjects", "1", "--seed", str(seed)])
+        rec = cmi.read_train(Path(folder))
+    return dataclasses.replace(cmi.canonical(rec, np.zeros(len(rec), bool)), labels=rec.labels)
+
+
+# Simpler networks -----------------------------------------------------------------------------
+
+
+def plain_cnn_class() -> type:
+    """The 1-D CNN of many first notebooks: all channels together, three layers, mean over time."""
+    import torch
+    from torch import nn
+
+    class PlainCnn(nn.Module):
+        def __init__(self, spec: cmi.NetSpec, dropout: float) -> None:
+            super().__init__()
+            whole = cmi.net_class_of_the_file()(spec, dropout)
+            self.trunk, self.head = nn.Module(), nn.Module()  # the names that training looks for
+            for name, buffer in (("mean", whole.trunk.mean), ("sd", whole.trunk.sd)):
+                self.trunk.register_buffer(name, buffer)
+            for name in ("belongs", "parts_of"):
+                self.head.register_buffer(name, getattr(whole.head, name), persistent=False)
+            self.trunk.pad_len, self.parts = spec.pad_len, whole.head.parts
+            widths = (len(spec.channels), 64, 128, 256)
+            self.layers = nn.Sequential(*(
+                nn.Sequential(nn.Conv1d(a, b, 5, padding=2), nn.BatchNorm1d(b), nn.ReLU(), nn.MaxPool1d(2))
+                for a, b in itertools.pairwise(widths)
+            ))  # fmt: skip
+            for layer in self.layers:
+                layer[1].register_buffer("num_batches_tracked", None)  # an integer has no average
+            self.dropout = nn.Dropout(dropout)
+            self.out = nn.Linear(256, sum(self.parts))
+
+        def forward(self, rows: Any, _images: Any, length: Any, _noise: Any = None) -> Any:
+            known = ((rows - self.trunk.mean) / self.trunk.sd).nan_to_num(0.0)
+            there = torch.arange(rows.shape[1]) < length[:, None]
+            h = self.layers((known * there[:, :, None]).transpose(1, 2))
+            logits = self.out(self.dropout(h.mean(2))).split(self.parts, 1)
+            return *logits, torch.zeros(h.shape[0], h.shape[2])
+
+    return PlainCnn
+
+
+@contextmanager
+def network(kind: str) -> Iterator[None]:
+    """Let the pipeline build another network for a while."""
+    ours = cmi.net_class
+    if kind == "plain CNN":
+        cmi.net_class_of_the_file = ours  # type: ignore[attr-defined]
+        cmi.net_class = plain_cnn_class  # type: ignore[assignment]
+    cmi.STEM_WIDTH["every"] = 96 + 96  # as wide as all stems of both kinds together
+    try:
+        yield
+    finally:
+        cmi.net_class = ours
+        del cmi.STEM_WIDTH["every"]
+
+
+def one_group(frames: cmi.Frames) -> cmi.Frames:
+    """The same channels as a single group: one stem for everything."""
+    return dataclasses.replace(frames, groups=(("every", frames.names),))
+
+
+# Scores -----------------------------------------------------------------------------------------
+
+
+def assigned(proba: cmi.F32, subject: cmi.Str, table: cmi.I64) -> cmi.I64:
+    """Gestures when each subject's recordings take every label at most once."""
+    from scipy.optimize import linear_sum_assignment
+
+    answer = np.empty(len(proba), np.int64)
+    for name in np.unique(subject):
+        own = np.flatnonzero(subject == name)
+        row, column = linear_sum_assignment(-np.log(np.maximum(proba[own], 1e-9)))
+        answer[own[row]] = table[column, 2]
+    return answer
+
+
+def fold_scores(
+    rec: cmi.Recordings, frames: cmi.Frames, mode: str, kind: str, cfg: cmi.Config
+) -> dict[str, float]:
+    """Mean over folds of the score, plain and assigned, and of the seconds a fold took."""
+    labels, fold = rec.labels, cmi.make_folds(rec.subject, cfg)
+    assert labels is not None
+    x, found = frames.of_mode(mode), []
+    x = one_group(x) if kind == "no stems" else x
+    for k in range(USED_FOLDS):
+        with tempfile.TemporaryDirectory() as name, network(kind):
+            folder = Path(name)
+            job = cmi.Job("torch", mode, 0, k, np.flatnonzero(fold != k), np.flatnonzero(fold == k),
+                          folder / "models", folder / "scratch", folder / "logs")  # fmt: skip
+            began = time.process_time()
+            cmi.fit_torch(job, x, labels, cfg)
+            secs = time.process_time() - began
+            net = networks_of(job.folder / f"{job.stem}.pt")
+            store = cmi.Store.of(x, net[1], net[0].trunk.mean.device)
+            proba = cmi.ask(net[0], store, job.valid)
+        truth = labels.gesture[job.valid]
+        plain = cmi.gesture_proba(proba, labels.table).argmax(1)
+        other = assigned(proba, rec.subject[job.valid], labels.table)
+        found.append([cmi.score(truth, plain), cmi.score(truth, other), secs])
+    return dict(
+        zip(("score", "assigned", "cpu_secs"), np.mean(found, axis=0).tolist(), strict=True)
+    )
+
+
+def networks_of(path: Path) -> tuple[Any, cmi.NetSpec]:
+    """One network and its description, whatever its class."""
+    stored = cmi.torch_read(path)
+    spec = cmi.NetSpec.read(stored["spec"])
+    net = cmi.net_class()(spec, 0.0)
+    net.load_state_dict(stored["state"])
+    return net.eval(), spec
+
+
+def scores(cfg: cmi.Config) -> dict[str, dict[str, float]]:
+    """Three networks in both modes."""
+    rec = simulated()
+    frames, found = cmi.make_frames(rec), {}
+    print(f"{'network':<12} {'mode':<5} {'score':>7} {'assigned':>9} {'cpu s':>7}")
+    for kind in ("plain CNN", "no stems", "ours"):
+        for mode in cmi.MODES:
+            row = fold_scores(rec, frames, mode, kind, cfg)
+            found[f"{kind}, {mode}"] = row
+            told = f"{row['score']:7.3f} {row['assigned']:9.3f} {row['cpu_secs']:7.0f}"
+            print(f"{kind:<12} {mode:<5} {told}", flush=True)
+    return found
+
+
+# Speed ------------------------------------------------------------------------------------------
+
+
+def milliseconds(*calls: Callable[[], object], repeats: int) -> list[float]:
+    """Lower quartile of each call's time; they take turns, so that all meet the same machine."""
+    took = []
+    for _ in range(repeats + 1):
+        row = []
+        for call in calls:
+            began = time.perf_counter()
+            call()
+            row.append(1e3 * (time.perf_counter() - began))
+        took.append(row)
+    return np.quantile(took[1:], 0.25, axis=0).tolist()
+
+
+def step_speed(rec: cmi.Recordings, cfg: cmi.Config) -> dict[str, float]:
+    """Share of a step that makes its batch, which must not be seen in the step's time."""
+    import torch
+
+    labels, frames, everyone = rec.labels, cmi.make_frames(rec), np.arange(len(rec))
+    assert labels is not None
+    here = Path()
+    job = cmi.Job("torch", "all", 0, 0, everyone, everyone[:0], here, here, here)
+    spec = cmi.net_spec(frames, labels.table, cfg)
+    run = cmi.new_training(job, spec, frames, cfg)
+    store = cmi.Store.of(frames, spec, run.device, labels.phase)
+    size, rng = cmi.torch_batch(len(rec), cfg), np.random.default_rng(0)
+    noise = torch.Generator(run.device).manual_seed(0)
+    draw = cmi.augmented_draw(store, rng.permutation(everyone), spec.pad_len, cfg, rng)
+
+    def make() -> cmi.Batch:
+        some = draw.part(rng.integers(len(rec), size=size))
+        return cmi.make_batch(store, some, labels.composite, len(labels.table))
+
+    batch = make()
+    run.net.train()
+    making, step = milliseconds(make, lambda: cmi.train_step(run, batch, noise, cfg), repeats=60)
+    share = making / (making + step)
+    return {"ms to make a batch": making, "ms of its step": step, "share of making": share}
+
+
+def serving_speed(rec: cmi.Recordings, cfg: cmi.Config) -> dict[str, float]:
+    """One recording through five networks: all at once, and one after the other."""
+    labels, frames = rec.labels, cmi.make_frames(rec)
+    assert labels is not None
+    spec = cmi.net_spec(frames, labels.table, cfg)
+    stems = [f"fold{k:02d}" for k in range(5)]
+    with tempfile.TemporaryDirectory() as name:
+        for stem in stems:
+            state = cmi.net_class()(spec, 0.0).state_dict()
+            content = cmi.torch_bytes({"spec": dataclasses.asdict(spec), "state": state})
+            cmi.write_whole(Path(name) / f"{stem}.pt", content)
+        model = cmi.load_torch(Path(name), stems, labels.table, cfg)
+    ones = [frames.take(np.array([i])) for i in range(30)]
+
+    def at_once() -> None:
+        for x in ones:
+            cmi.predict_torch(model, x)
+
+    def loop() -> None:
+        for x in ones:
+            store = cmi.Store.of(x, spec, model.nets[0].trunk.mean.device)
+            for net in model.nets:
+                cmi.ask(net, store, np.zeros(1, np.int64))
+
+    stacked, looped = (t / len(ones) for t in milliseconds(at_once, loop, repeats=10))
+    return {"ms, five networks at once": stacked, "ms, five networks in a loop": looped}
+
+
+def run(*, only_speed: bool = False) -> dict[str, Any]:
+    rec = simulated(subjects=4, recordings=102)
+    figures: dict[str, Any] = step_speed(rec, cmi.Config()) | serving_speed(rec, cmi.Config())
+    for name, value in figures.items():
+        print(f"{name:<40} {value:10.3f}")
+    if not only_speed:
+        figures["scores"] = scores(cmi.Config(n_folds=FOLDS, save_jsonl=False))
+    return figures
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(only_speed="--speed" in sys.argv)))

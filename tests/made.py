@@ -1,0 +1,73 @@
+"""Recordings made of random walks, for tests: no pattern, every sensor, any lengths."""
+
+import dataclasses
+
+import numpy as np
+
+import cmi_pipeline as cmi
+
+
+def random_rotations(rng, n):
+    """A wandering attitude, as the files have it: w first, w ≥ 0, multiples of 1/16384."""
+    q = np.cumsum(rng.normal(0, 0.12, (n, 4)), axis=0) + rng.normal(0, 1, 4)
+    q = np.round(q / np.linalg.norm(q, axis=1, keepdims=True) * 16384) / 16384
+    return np.where(q[:, :1] < 0, -q, q).astype(np.float32)
+
+
+def recordings(lengths, seed=0):
+    """Complete recordings of the given numbers of rows, right-handers all."""
+    rng = np.random.default_rng(seed)
+    n_rows, n = sum(lengths), len(lengths)
+    tof = np.clip(rng.normal(120, 70, (n_rows, 5, 8, 8)), 0, 249)
+    far = rng.random((n_rows, 5, 8, 8)) < rng.random((n_rows, 5, 1, 1)) ** 2
+    tof = np.where(far | (rng.random((n_rows, 5, 1, 1)) < 0.1), 254, tof).astype(np.uint8)
+    person = np.stack([[1, 20 + i, i % 2, 1, 160 + i, 50 + i, 25] for i in range(n)])
+    return cmi.Recordings(
+        start=np.r_[0, np.cumsum(lengths)].astype(np.int64),
+        acc=(np.round(rng.normal([0, 2, 8], 3, (n_rows, 3)) * 256) / 256).astype(np.float32),
+        rot=np.concatenate([random_rotations(rng, k) for k in lengths]),
+        thm=(30 + np.cumsum(rng.normal(0, 0.05, (n_rows, 5)), axis=0)).astype(np.float32),
+        tof=tof,
+        sequence_id=np.array([f"SEQ_{i:06d}" for i in range(n)]),
+        subject=np.array([f"SUBJ_{i % 3}" for i in range(n)]),
+        person=person.astype(np.float32),
+    )
+
+
+def changed(rec, **arrays):
+    return dataclasses.replace(rec, **arrays)
+
+
+def alone(rec, i):
+    """Recording i by itself, its arrays copied."""
+    part = rec.part(i, i + 1)
+    return changed(
+        part, **{k: getattr(part, k).copy() for k in ("acc", "rot", "thm", "tof", "start")}
+    )
+
+
+def joined(parts):
+    """Recordings one after the other."""
+    start = np.r_[0, np.cumsum(np.concatenate([np.diff(p.start) for p in parts]))].astype(np.int64)
+    names = ("acc", "rot", "thm", "tof", "sequence_id", "subject", "person")
+    return cmi.Recordings(start, *(np.concatenate([getattr(p, n) for p in parts]) for n in names))
+
+
+def with_gaps(rec):
+    """The same with missing rows, components, sensors and pixels. Needs 8 recordings of 30 rows."""
+    rot, thm, tof, s = rec.rot.copy(), rec.thm.copy(), rec.tof.copy(), rec.start
+    rot[s[0] : s[0] + 3] = rot[s[0] + 10 : s[0] + 14] = rot[s[1] - 5 : s[1]] = np.nan
+    rot[s[1], 1] = rot[s[1] + 7, 2] = rot[s[1] + 20, 0] = np.nan
+    rot[s[1] + 25, :2] = np.nan
+    rot[s[1] + 21] = 0
+    rot[s[2] : s[3]] = np.nan  # no rotation at all
+    rot[s[3] : s[4]] = np.nan
+    rot[s[3] + 5] = 0.5  # one row only
+    thm[s[4] : s[5]] = np.nan
+    tof[s[4] : s[5]] = 255
+    thm[s[5] : s[6], 2] = thm[s[5] + 3 : s[5] + 9, 1] = np.nan
+    tof[s[5] + 4 : s[5] + 8, 1] = 255
+    tof[s[5] + 10, 2, 0, 3] = 255  # one pixel
+    tof[s[6] : s[7], 3] = 254  # nothing in range
+    tof[s[7] : s[8], 4] = 255
+    return changed(rec, rot=rot, thm=thm, tof=tof)

@@ -1,0 +1,490 @@
+"""Every feature and channel once more: slow, obvious, one recording at a time, with scipy.
+
+The oracle of tests/test_features.py and the plain implementation that tests/benchmark_features.py
+compares with. Written from the definitions; it shares no code, table or name list with
+cmi_pipeline.py.
+"""
+
+import warnings
+
+import numpy as np
+from scipy import signal as sps
+from scipy import stats
+from scipy.spatial.transform import Rotation, Slerp
+
+DT = 0.1
+G = 9.81
+LAST = 31
+SENSORS = range(1, 6)
+
+
+# ---- motion ------------------------------------------------------------------------------------
+
+
+def repaired(rot):
+    """Unit quaternions (T, 4), w first, gaps filled; all NaN if nothing is known."""
+    q = np.array(rot, float)
+    whole = [t for t in range(len(q)) if np.isfinite(q[t]).all() and np.linalg.norm(q[t]) > 0.1]
+    found = list(whole)
+    for t in range(len(q)):
+        holes = np.flatnonzero(~np.isfinite(q[t]))
+        if len(holes) != 1:
+            continue
+        size = np.sqrt(max(0.0, 1 - np.nansum(q[t] ** 2)))
+        plus, minus = q[t].copy(), q[t].copy()
+        plus[holes], minus[holes] = size, -size
+        complete = [u for u in range(len(q)) if np.isfinite(rot[u]).all()]
+        near = min(complete, key=lambda u: (abs(u - t), u > t), default=None)
+        better = near is None or abs(plus @ q[near]) >= abs(minus @ q[near])
+        q[t] = plus if better else minus
+        if np.linalg.norm(q[t]) > 0.1:
+            found.append(t)
+    found.sort()
+    if not found:
+        return np.full_like(q, np.nan)
+    if len(found) == 1:
+        out = np.tile(q[found[0]] / np.linalg.norm(q[found[0]]), (len(q), 1))
+    else:
+        turns = Slerp(found, Rotation.from_quat(q[found][:, [1, 2, 3, 0]]))
+        times = np.clip(np.arange(len(q)), found[0], found[-1])
+        out = turns(times).as_quat()[:, [3, 0, 1, 2]]
+    out[out[:, 0] < 0] *= -1
+    return out
+
+
+def guessed_up(acc):
+    """Direction of the running median of 15 rows."""
+    rows = [np.nanmedian(acc[max(0, t - 7) : t + 8], axis=0) for t in range(len(acc))]
+    slow = np.array(rows)
+    return slow / np.linalg.norm(slow, axis=1, keepdims=True)
+
+
+def motion(acc, rot):
+    """Everything that the wrist does, (T, …) each; first rows of steps are NaN."""
+    acc, q = np.array(acc, float), repaired(rot)
+    n = len(acc)
+    m = {"acc": acc, "q": q}
+    m["jerk"] = np.vstack([np.full((1, 3), np.nan), np.diff(acc, axis=0) / DT])
+    if np.isnan(q[0, 0]):
+        m["up"] = guessed_up(acc)
+        m["north"] = m["west"] = m["world"] = m["omega"] = np.full((n, 3), np.nan)
+        m["swing"] = np.full(n, np.nan)
+        m["lin"] = acc - G * m["up"]
+    else:
+        turn = Rotation.from_quat(q[:, [1, 2, 3, 0]])
+        matrix = turn.as_matrix()
+        m["north"], m["west"], m["up"] = matrix[:, 0], matrix[:, 1], matrix[:, 2]
+        m["lin"] = acc - turn.inv().apply([0, 0, G])
+        m["world"] = turn.apply(m["lin"])
+        m["omega"] = np.full((n, 3), np.nan)
+        if n > 1:
+            m["omega"][1:] = (turn[:-1].inv() * turn[1:]).as_rotvec() / DT
+        m["swing"] = (turn[0].inv() * turn).magnitude()
+    m["vertical"] = np.array([a @ u for a, u in zip(m["lin"], m["up"], strict=True)])
+    m["horizontal"] = np.linalg.norm(m["lin"] - m["vertical"][:, None] * m["up"], axis=1)
+    chord = np.linalg.norm(m["up"] - m["up"][0], axis=1)
+    m["lean"] = 2 * np.arcsin(np.clip(chord / 2, 0, 1))
+    return m
+
+
+def images(tof):
+    """What one ToF sensor sees: name → (T). Codes: 255 missing, 254 nothing, else distance."""
+    codes = np.array(tof, float).reshape(len(tof), 8, 8)
+    x, y = np.meshgrid(np.arange(8) - 3.5, np.arange(8) - 3.5)
+    there, seen = codes != 255, codes < 250
+    d = np.where(seen, codes, np.nan)
+    xs, ys = np.where(seen, x, np.nan), np.where(seen, y, np.nan)
+    valid = there.sum(axis=(1, 2)).astype(float)
+    valid[valid == 0] = np.nan
+    axes = (1, 2)
+    cx, cy = np.nanmean(xs, axis=axes), np.nanmean(ys, axis=axes)
+    dx, dy = xs - cx[:, None, None], ys - cy[:, None, None]
+    level = d - np.nanmean(d, axis=axes, keepdims=True)
+    xx, yy = np.nanmean(dx**2, axis=axes), np.nanmean(dy**2, axis=axes)
+    out = {
+        "near": seen.sum(axis=axes) / valid,
+        "dist": np.nanmean(d, axis=axes),
+        "min": np.nanmin(d, axis=axes),
+        "sd": np.nanstd(d, axis=axes),
+        "cx": cx,
+        "cy": cy,
+        "xx": xx,
+        "yy": yy,
+        "xy": np.nanmean(dx * dy, axis=axes),
+        "sx": np.nanmean(level * dx, axis=axes) / np.where(xx > 1e-9, xx, np.nan),
+        "sy": np.nanmean(level * dy, axis=axes) / np.where(yy > 1e-9, yy, np.nan),
+        "asym_x": (seen[:, :, 4:].sum(axis=axes) - seen[:, :, :4].sum(axis=axes)) / valid,
+        "asym_y": (seen[:, 4:].sum(axis=axes) - seen[:, :4].sum(axis=axes)) / valid,
+    }
+    regions = {
+        "mid": (slice(2, 6), slice(2, 6)),
+        "nw": (slice(0, 4), slice(0, 4)),
+        "ne": (slice(0, 4), slice(4, 8)),
+        "sw": (slice(4, 8), slice(0, 4)),
+        "se": (slice(4, 8), slice(4, 8)),
+    }
+    for name, (rows, columns) in regions.items():
+        out[f"{name}_near"] = seen[:, rows, columns].mean(axis=axes)
+        out[f"{name}_dist"] = np.nanmean(d[:, rows, columns], axis=axes)
+    close = np.where(seen, 250 - codes, 0)
+    flow = np.abs(np.diff(close, axis=0)).mean(axis=axes)
+    gone = np.isnan(valid)
+    out["flow"] = np.concatenate([[np.nan], np.where(gone[1:] | gone[:-1], np.nan, flow)])
+    return {name: np.where(gone, np.nan, v) for name, v in out.items()}
+
+
+def signals(rec, i):
+    """All signals of recording i: name → (T), and its motion."""
+    rows = slice(rec.start[i], rec.start[i + 1])
+    m = motion(rec.acc[rows], rec.rot[rows])
+    out = {}
+    for name in ("acc", "lin"):
+        out |= {f"{name}_{a}": m[name][:, k] for k, a in enumerate("xyz")}
+        out[f"{name}_mag"] = np.linalg.norm(m[name], axis=1)
+    aim = np.array([m["north"][-LAST:, 0].sum(), m["west"][-LAST:, 0].sum()])
+    aim /= np.linalg.norm(aim)
+    world = m.get("world")
+    out["world_ahead"] = world[:, 0] * aim[0] + world[:, 1] * aim[1]
+    out["world_aside"] = world[:, 1] * aim[0] - world[:, 0] * aim[1]
+    out["world_up"], out["world_flat"] = m["vertical"], m["horizontal"]
+    out |= {f"omega_{a}": m["omega"][:, k] for k, a in enumerate("xyz")}
+    out["omega_mag"] = np.linalg.norm(m["omega"], axis=1)
+    out |= {f"up_{a}": m["up"][:, k] for k, a in enumerate("xyz")}
+    out["jerk_mag"] = np.linalg.norm(m["jerk"], axis=1)
+    out["swing"], out["lean"] = m["swing"], m["lean"]
+    out |= {f"thm_{k}": np.array(rec.thm[rows][:, k - 1], float) for k in SENSORS}
+    for k in SENSORS:
+        out |= {f"tof_{k}_{n}": v for n, v in images(rec.tof[rows][:, k - 1]).items()}
+    return out, m
+
+
+# ---- features ----------------------------------------------------------------------------------
+
+
+def still(x):
+    """Is this constant, but for rounding?"""
+    x = x[~np.isnan(x)]
+    return len(x) == 0 or np.std(x) <= 1e-7 * abs(np.mean(x))
+
+
+def sd(x):
+    return np.nan if np.isnan(x).all() else 0.0 if still(x) else np.nanstd(x)
+
+
+def mean(x):
+    return np.nanmean(x) if np.isfinite(x).any() else np.nan
+
+
+def statistics(name, x, moves):
+    """The statistics that every rich signal has; quantiles for motion only."""
+    n, gesture, before = len(x), x[-LAST:], x[:-LAST]
+    kept = x[~np.isnan(x)]
+    constant = still(x)
+    d = np.diff(x, prepend=np.nan)
+    out = {
+        "mean": mean(x),
+        "sd": sd(x),
+        "skew": np.nan if constant else stats.skew(kept),
+        "kurtosis": np.nan if constant else stats.kurtosis(kept),
+    }
+    if moves:
+        q = {f"q{p}": np.nanquantile(x, p / 100) for p in (10, 25, 50, 75, 90)}
+        out |= {"min": np.nanmin(x), "max": np.nanmax(x), **q, "iqr": q["q75"] - q["q25"]}
+    out |= {"first": mean(x[:3]), "last": mean(x[-3:]), "delta": mean(x[-3:]) - mean(x[:3])}
+    for k in range(3):
+        out[f"third{k + 1}"] = mean(x[n * k // 3 : n * (k + 1) // 3])
+    out |= {"before_mean": mean(before), "before_sd": sd(before)}
+    out |= {"gesture_mean": mean(gesture), "gesture_sd": sd(gesture)}
+    out["change"] = mean(gesture) - mean(before)
+    out |= {"step": mean(abs(d)), "step_sd": sd(d), "gesture_step": mean(abs(d)[-LAST:])}
+    out |= {"gesture_min": np.nanmin(gesture), "gesture_max": np.nanmax(gesture)}
+    out["gesture_q50"] = np.nanmedian(gesture)
+    return {f"{name}_{stat}": v for stat, v in out.items()}
+
+
+def circular(name, cosine, sine):
+    """Circular statistics of an angle given as its cosine and sine."""
+    out, middle = {}, {}
+    for part, rows in (
+        ("", slice(None)),
+        ("gesture_", slice(-LAST, None)),
+        ("before_", slice(0, -LAST)),
+    ):
+        angle = np.arctan2(sine[rows], cosine[rows])
+        c, s = mean(np.cos(angle)), mean(np.sin(angle))
+        out |= {f"{part}cos": c, f"{part}sin": s, f"{part}length": np.sqrt(c * c + s * s)}
+        middle[part] = stats.circmean(angle) if len(angle) else np.nan
+    turn = middle["gesture_"] - middle["before_"]
+    out["change"] = (turn + np.pi) % (2 * np.pi) - np.pi
+    return {f"{name}_{k}": v for k, v in out.items() if not k.startswith("before")}
+
+
+def rotations(m):
+    q = m["q"].copy()
+    for t in range(1, len(q)):
+        if q[t] @ q[t - 1] < 0:
+            q[t] *= -1
+    if q[:, 0].sum() < 0:
+        q = -q
+    out = {}
+    for k, a in enumerate("wxyz"):
+        out |= {f"rot_{a}_mean": q[:, k].mean(), f"rot_{a}_sd": sd(q[:, k])}
+        out[f"rot_{a}_gesture_mean"] = q[-LAST:, k].mean()
+    level = np.hypot(m["up"][:, 1], m["up"][:, 2])
+    out |= circular("roll", m["up"][:, 2], m["up"][:, 1])
+    out |= circular("pitch", level, -m["up"][:, 0])
+    if np.isnan(m["north"]).any():
+        nothing = circular("heading", np.ones(3), np.ones(3))
+        return out | dict.fromkeys(nothing, np.nan)
+    angles = Rotation.from_quat(m["q"][:, [1, 2, 3, 0]]).as_euler("ZYX")
+    return out | circular("heading", np.cos(angles[:, 0]), np.sin(angles[:, 0]))
+
+
+def spectrum(x, rows):
+    """Power at 1 / rows … 1/2 cycle per row, by scipy's Welch; gaps are at the mean."""
+    x = np.where(np.isnan(x), mean(x), x)
+    window = min(len(x), rows)
+    f, p = sps.welch(x, 1.0, "hann", window, window // 2, rows, "constant")
+    return f[1:], p[1:]
+
+
+def spectra(s):
+    out = {}
+    for part, rows in (("", 64), ("gesture_", 32)):
+        sums = {}
+        for group in ("lin", "omega"):
+            power = 0.0
+            for a in "xyz":
+                x = s[f"{group}_{a}"]
+                x = np.where(np.isnan(x), mean(x), x)
+                f, p = spectrum(x if part == "" else x[-32:], rows)
+                power = power + p
+                if group == "lin":
+                    sums[f"lin_{a}"] = p
+            sums[group] = power
+        for name, p in sums.items():
+            total = p.sum()
+            if not total > 1e-12:
+                p = np.full_like(p, np.nan)
+                total = np.nan
+            share = p / total
+            k = len(p) // 4
+            shape = {f"band{b + 1}": share[b * k : b * k + k].sum() for b in range(4)}
+            shape["centroid"] = (share * f).sum()
+            known = np.isfinite(total)
+            shape["rolloff"] = f[np.flatnonzero(np.cumsum(share) >= 0.85)[0]] if known else np.nan
+            shape["peak"] = f[np.flatnonzero(p >= p.max() * (1 - 1e-9))[0]] if known else np.nan
+            shape["entropy"] = stats.entropy(share) / np.log(len(p)) if known else np.nan
+            shape["power"] = np.log10(total)
+            out |= {f"{name}_{part}{stat}": v for stat, v in shape.items()}
+    return out
+
+
+def pearson(a, b):
+    both = ~(np.isnan(a) | np.isnan(b))
+    a, b = a[both], b[both]
+    return np.nan if still(a) or still(b) else np.corrcoef(a, b)[0, 1]
+
+
+def correlations(s):
+    pairs = [
+        (f"{g}_{a}", f"{g}_{b}") for g in ("acc", "lin", "omega") for a, b in ("xy", "xz", "yz")
+    ]
+    pairs += [(f"lin_{a}", f"omega_{a}") for a in ("x", "y", "z", "mag")]
+    out = {f"corr_{a}_{b}": pearson(s[a], s[b]) for a, b in pairs}
+    out |= {f"gesture_corr_{a}_{b}": pearson(s[a][-LAST:], s[b][-LAST:]) for a, b in pairs}
+    for k in SENSORS:
+        cross = [(f"thm_{k}", f"tof_{k}_near"), (f"tof_{k}_dist", "lin_mag")]
+        cross += [(f"tof_{k}_near", "up_z"), (f"thm_{k}", "lin_mag")]
+        out |= {f"corr_{a}_{b}": pearson(s[a], s[b]) for a, b in cross}
+    return out
+
+
+def rhythm(s):
+    """Peaks and autocorrelation."""
+    out = {}
+    for name in ("lin_mag", "omega_mag", "world_up", "jerk_mag"):
+        x, n = s[name], len(s[name])
+        if np.isnan(x).all():
+            stat = dict.fromkeys(
+                ("peaks", "gesture_peaks", "peak_height", "peak_gap", "peak_gap_sd"), np.nan
+            )
+        else:
+            at, _ = sps.find_peaks(x, height=mean(x), plateau_size=(1, 1))
+            gap = np.diff(at)
+            stat = {
+                "peaks": len(at) / n,
+                "gesture_peaks": (at >= n - LAST).sum() / min(n, LAST),
+                "peak_height": (x[at] - mean(x)).mean() if len(at) else np.nan,
+                "peak_gap": gap.mean() if len(gap) else np.nan,
+                "peak_gap_sd": gap.std() if len(gap) else np.nan,
+            }
+        out |= {f"{name}_{k}": v for k, v in stat.items()}
+    for name in ("lin", "omega", "world_up", "lin_mag"):
+        axes = [f"{name}_{a}" for a in "xyz"] if name in ("lin", "omega") else [name]
+        r = np.zeros(13)
+        for axis in axes:
+            x = s[axis][-LAST:]
+            c = np.zeros(len(x)) if still(x) else np.where(np.isnan(x), 0, x - mean(x))
+            full = np.correlate(c, c, "full")[len(c) - 1 :]
+            r[: len(full)] += full[:13]
+        known = not all(still(s[axis][-LAST:]) for axis in axes)
+        r = r / r[0] if known else np.full(13, np.nan)
+        out |= {f"{name}_echo{lag}": r[lag] for lag in range(1, 9)}
+        out[f"{name}_echo_period"] = 2 + np.argmax(r[2:]) if known else np.nan
+        out[f"{name}_echo_strength"] = r[2:].max()
+    return out
+
+
+def sizes(s):
+    """Histograms of steps, energies, principal axes, windows, last poses."""
+    out = {}
+    wide, turn = (-4, -1, -0.25, 0.25, 1, 4), (-2, -0.5, -0.1, 0.1, 0.5, 2)
+    for name, edges in (("acc_x", wide), ("acc_y", wide), ("acc_z", wide), ("omega_mag", turn)):
+        d = np.diff(s[name])
+        d = d[~np.isnan(d)]
+        share, _ = np.histogram(d, [-np.inf, *edges, np.inf])
+        share = share / len(d) if len(d) else np.full(7, np.nan)
+        out |= {f"{name}_step_bin{k + 1}": share[k] for k in range(7)}
+    for name in ("lin", "omega", "jerk"):
+        square = s[f"{name}_mag"] ** 2
+        a, b = (np.log10(mean(part) + 1e-6) for part in (square[:-LAST], square[-LAST:]))
+        out |= {
+            f"{name}_energy_before": a,
+            f"{name}_energy_gesture": b,
+            f"{name}_energy_rise": b - a,
+        }
+    for name in ("lin", "omega"):
+        x = np.stack([s[f"{name}_{a}"][-LAST:] for a in "xyz"])
+        x = x[:, ~np.isnan(x).any(axis=0)]
+        if all(still(row) for row in x):
+            size = np.full(3, np.nan)
+        else:
+            size = np.linalg.svd(x - x.mean(axis=1, keepdims=True), compute_uv=False) ** 2
+            size = np.pad(size, (0, 3 - len(size)))
+        share = size / size.sum()
+        out |= {f"{name}_{k}": v for k, v in zip(("major", "middle", "minor"), share, strict=True)}
+        square = s[f"{name}_mag"] ** 2
+        filled = np.where(np.isnan(square), np.nan if np.isnan(square).all() else 0, square)
+        for w in (4, 8, 16, 32):
+            some = [filled[t : t + w].mean() ** 0.5 for t in range(len(filled) - w + 1)] or [np.nan]
+            out |= {f"{name}_rms{w}_max": max(some), f"{name}_rms{w}_min": min(some)}
+            out[f"{name}_rms{w}_last"] = some[-1]
+    for a in "xyz":
+        out |= {f"up_{a}_last{w}": mean(s[f"up_{a}"][-w:]) for w in (8, 16)}
+    return out
+
+
+def nearby(s):
+    """Thermopiles and ToF sensors."""
+    out = {}
+    t = np.arange(len(s["thm_1"]))
+    warm = np.stack([s[f"thm_{k}"] for k in SENSORS])[:, -LAST:]
+    close = np.stack([s[f"tof_{k}_dist"] for k in SENSORS])[:, -LAST:]
+    warmest = [np.nanargmax(row) + 1 for row in warm.T if np.isfinite(row).any()]
+    closest = [np.nanargmin(row) + 1 for row in close.T if np.isfinite(row).any()]
+    for k in SENSORS:
+        x = s[f"thm_{k}"]
+        g = np.isfinite(x[-LAST:])
+        ok = g.sum() > 1
+        slope = np.polyfit(t[-LAST:][g], x[-LAST:][g], 1)[0] if ok else np.nan
+        out |= {f"thm_{k}_rise": mean(x[-LAST:]) - mean(x[:3]), f"thm_{k}_slope": slope}
+        out[f"thm_{k}_hottest"] = warmest.count(k) / len(warmest) if warmest else np.nan
+        out[f"tof_{k}_nearest"] = closest.count(k) / len(closest) if closest else np.nan
+        for name in s:
+            if name.startswith(f"tof_{k}") and name not in (f"tof_{k}_near", f"tof_{k}_dist"):
+                a, b = mean(s[name][-LAST:]), mean(s[name][:-LAST])
+                out |= {f"{name}_gesture_mean": a, f"{name}_change": a - b}
+    return out
+
+
+def about(rec, i, s):
+    """Wearer and presence."""
+    names = ("adult_child", "age", "sex", "handedness", "height_cm")
+    names += ("shoulder_to_wrist_cm", "elbow_to_wrist_cm")
+    out = {n: float(v) for n, v in zip(names, rec.person[i], strict=True)}
+    out["arm_to_height"] = out["shoulder_to_wrist_cm"] / out["height_cm"]
+    out["forearm_to_arm"] = out["elbow_to_wrist_cm"] / out["shoulder_to_wrist_cm"]
+    del out["handedness"]
+    rows = slice(rec.start[i], rec.start[i + 1])
+    out["n_rows"] = float(rec.start[i + 1] - rec.start[i])
+    out["rot_present"] = np.isfinite(rec.rot[rows]).all(axis=1).mean()
+    for k in SENSORS:
+        out[f"thm_{k}_present"] = np.isfinite(s[f"thm_{k}"]).mean()
+        out[f"tof_{k}_present"] = np.isfinite(s[f"tof_{k}_near"]).mean()
+    return out
+
+
+RICH_TOF = ("near", "dist")
+
+
+def features(rec, i):
+    """All features of recording i: name → value."""
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        s, m = signals(rec, i)
+        out = {}
+        for name, x in s.items():
+            if name.startswith("tof") and name.split("_", 2)[2] not in RICH_TOF:
+                continue
+            out |= statistics(name, x, moves=not name.startswith(("thm", "tof")))
+        parts = (
+            rotations(m),
+            spectra(s),
+            correlations(s),
+            rhythm(s),
+            sizes(s),
+            nearby(s),
+            about(rec, i, s),
+        )
+        for part in parts:
+            assert not out.keys() & part.keys()
+            out |= part
+        return out
+
+
+# ---- channels ----------------------------------------------------------------------------------
+
+
+def channels(rec, i):
+    """All channels of recording i: name → (T)."""
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        s, m = signals(rec, i)
+    blind = np.isnan(m["q"][0, 0])
+    out = {
+        n: s[n] for n in s if n.startswith(("acc", "lin", "omega", "world_up", "world_flat", "thm"))
+    }
+    out["swing"] = m["swing"]
+    for name in ("up", "north", "west", "jerk"):
+        gone = blind and name != "jerk"
+        out |= {
+            f"{name}_{a}": np.nan * m[name][:, k] if gone else m[name][:, k].copy()
+            for k, a in enumerate("xyz")
+        }
+    out["jerk_mag"] = s["jerk_mag"].copy()
+    for name in (
+        "jerk_x",
+        "jerk_y",
+        "jerk_z",
+        "jerk_mag",
+        *(() if blind else ("omega_x", "omega_y", "omega_z", "omega_mag")),
+    ):
+        out[name] = np.where(np.arange(len(out[name])) == 0, 0.0, out[name])
+    nothing = {
+        "near": 0,
+        "dist": 250,
+        "min": 250,
+        "sd": 0,
+        "cx": 0,
+        "cy": 0,
+        "sx": 0,
+        "sy": 0,
+        "flow": 0,
+    }
+    for k in SENSORS:
+        gone = np.isnan(s[f"tof_{k}_near"])
+        for name, value in nothing.items():
+            x = s[f"tof_{k}_{name}"]
+            out[f"tof_{k}_{name}"] = np.where(np.isnan(x) & ~gone, value, x)
+    return out

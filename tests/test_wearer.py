@@ -1,0 +1,60 @@
+"""Upside-down wearers: the evidence is antisymmetric, and found on subjects never seen."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import cmi_pipeline as cmi
+import cmi_simulator
+
+
+@pytest.fixture(scope="module")
+def rec(tmp_path_factory: pytest.TempPathFactory) -> cmi.Recordings:
+    out: Path = tmp_path_factory.mktemp("wearer") / "sim"
+    cmi_simulator.simulate(out, subjects=16, test_subjects=1, recordings_per_subject=20, seed=3)
+    return cmi.read_train(out)
+
+
+def upright(rec: cmi.Recordings) -> cmi.Recordings:
+    return cmi.canonical(rec, np.zeros(len(rec), bool))
+
+
+def test_the_evidence_of_a_turned_twin_is_the_negative(rec: cmi.Recordings) -> None:
+    odd = cmi.odd_features(upright(rec))
+    twin = cmi.odd_features(cmi.canonical(rec, np.ones(len(rec), bool)))
+    assert np.abs(odd).max() > 0.1
+    np.testing.assert_allclose(twin, -odd, atol=1e-9)
+
+
+def test_window_means_against_a_loop() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(5, 3, (50, 3))
+    first, last = np.array([0, 7, 7, 49]), np.array([50, 8, 30, 50])
+    slow = [x[a:b].mean(axis=0) for a, b in zip(first, last, strict=True)]
+    np.testing.assert_allclose(cmi.window_mean(x, first, last), slow, rtol=1e-12)
+
+
+def test_subjects_that_were_turned_are_found(rec: cmi.Recordings) -> None:
+    """Turn three whole subjects by hand: they, and nobody else new, must be found."""
+    cfg = cmi.Config(n_folds=4)
+    fold = cmi.make_folds(rec.subject, cfg)
+    before, _ = cmi.find_turned(rec, fold, cfg)
+    names = np.unique(rec.subject[~before])[[1, 5, 9]]
+    hand = np.isin(rec.subject, names)
+    turned = cmi.turned_back(rec, hand)
+    after, wearer = cmi.find_turned(turned, fold, cfg)
+    assert set(rec.subject[after & hand]) == set(names)
+    assert set(rec.subject[after & ~hand]) == set(rec.subject[before])
+    assert wearer is not None
+    logit = cmi.wearer_logit(upright(turned), wearer)
+    assert ((logit < 0) == after).mean() > 0.85
+
+
+def test_with_few_subjects_nobody_is_turned(rec: cmi.Recordings) -> None:
+    few = rec.part(0, 40)
+    turned, wearer = cmi.find_turned(few, np.arange(40) % 2, cmi.Config())
+    assert not turned.any()
+    assert wearer is None
+    off, _ = cmi.find_turned(rec, np.arange(len(rec)) % 2, cmi.Config(upside_down=False))
+    assert not off.any()
