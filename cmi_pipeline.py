@@ -3873,10 +3873,14 @@ def keras_quietly(threads: int) -> tuple[Any, Any]:
     """TensorFlow and Keras, imported once, without their start-up noise. → (tensorflow, keras)
 
     Memory grows as needed, which must be said before the first operation: Torch may share the card.
+    Torch's compiler, triton, must load before TensorFlow: each brings an LLVM, and the later
+    triton, which Torch loads with its first optimiser, would end the process.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     with silent_stderr():
+        with contextlib.suppress(ImportError):
+            import triton  # noqa: F401
         import keras
         import tensorflow as tf
 

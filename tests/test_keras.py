@@ -866,3 +866,17 @@ def test_other_backends_cannot_train(monkeypatch: pytest.MonkeyPatch, keras: Any
     cmi.keras_quietly.cache_clear()
     with pytest.raises(cmi.ConfigError, match="KERAS_BACKEND=jax"):
         cmi.keras_quietly(2)
+
+
+def test_torch_still_trains_after_tensorflow() -> None:
+    """Both bring an LLVM; loaded in the wrong order the second one ends the process."""
+    if not importlib.util.find_spec("torch"):
+        pytest.skip("Torch is not installed")
+    steps = (
+        "import cmi_pipeline as cmi; tf, _ = cmi.keras_quietly(1)",
+        "import torch; weights = torch.nn.Parameter(torch.ones(2))",
+        "optimizer = torch.optim.AdamW([weights], lr=0.5); weights.sum().backward()",
+        "optimizer.step(); print(bool((weights < 1).all()), int(tf.constant(3)))",
+    )
+    ran = subprocess.run([sys.executable, "-c", "\n".join(steps)], capture_output=True, text=True)
+    assert ran.stdout.split() == ["True", "3"], ran.stderr[-2000:]
