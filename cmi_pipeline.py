@@ -209,7 +209,7 @@ class Config:
 
     log_every_steps: int = setting(50, "log", "rounds of LightGBM between two lines", (), (1, 10**6))
     print_every_steps: int = setting(100, "log", "steps of a network between two lines", (), (1, 10**6))
-    feature_log_every: int = setting(200, "log", "kept for old notebooks; features take seconds, has no effect")
+    feature_log_every: int = setting(2000, "log", "recordings between two lines of feature extraction; 200 of them take 0.2 s", (), (1, 10**7))
     save_jsonl: bool = setting(True, "log", "write logs/*.jsonl")
     use_tqdm: bool = setting(False, "log", "progress bars on a terminal")
 
@@ -342,6 +342,7 @@ def likely_typos(env: Iterable[str]) -> list[tuple[str, str]]:
 
 # %%
 STARTED = time.monotonic()
+SILENCE = 20.0  # s; whoever watches a log should never wonder whether it still runs
 
 
 def log(event: str, /, **values: object) -> None:
@@ -350,6 +351,53 @@ def log(event: str, /, **values: object) -> None:
         f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items()
     )
     print(f"[{time.monotonic() - STARTED:7.1f}s] {event:<12} {pairs}", flush=True)  # noqa: T201
+
+
+class Progress:
+    """A long loop's lines: one every `every` units, at the end, and after 20 seconds of silence.
+
+    With USE_TQDM=1, on a terminal, a bar stands in for the lines.
+    """
+
+    def __init__(
+        self, event: str, total: int, every: int, cfg: Config, done: int = 0, **names: object
+    ) -> None:
+        self.event, self.total, self.every, self.names = event, total, every, names
+        self.done = self.first = done
+        self.began = self.told = time.monotonic()
+        self.bar: Any = None
+        if cfg.use_tqdm and sys.stderr.isatty() and package_version("tqdm"):
+            from tqdm.auto import tqdm
+
+            about = " ".join((event, *map(str, names.values())))
+            self.bar = tqdm(total=total, initial=done, desc=about, leave=False)
+
+    def step(self, n: int = 1, values: Callable[[], Mapping[str, object]] = dict) -> None:
+        """`n` more units are done. `values` go into the line and are asked for if one is due."""
+        before, self.done, now = self.done, self.done + n, time.monotonic()
+        if self.bar:
+            self.bar.update(n)
+        due = self.done // self.every > before // self.every or self.done >= self.total
+        if self.bar or not (due or now - self.told > SILENCE):
+            return
+        self.told = now
+        rate = (self.done - self.first) / max(now - self.began, 1e-9)
+        eta = (self.total - self.done) / rate
+        log(
+            self.event,
+            **self.names,
+            done=f"{self.done}/{self.total}",
+            **values(),
+            per_sec=rate,
+            eta=eta,
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar:
+            self.bar.close()
 
 
 def rng_for(cfg: Config, *path: str | int) -> np.random.Generator:
@@ -2175,19 +2223,21 @@ def selection(rec: Recordings, order: I64) -> Recordings:
     return Recordings(start, *arrays, rec.sequence_id[order], rec.subject[order], rec.person[order])
 
 
-def on_threads(work: Callable[[I64], None], n_rows: I64, order: I64, workers: int) -> None:
+def on_threads(
+    work: Callable[[I64], None], n_rows: I64, order: I64, workers: int, told: Progress | None
+) -> None:
     """Do `work` for chunks of the recordings in `order`; numpy lets go of Python's lock."""
     chunk = np.cumsum(n_rows[order]) // CHUNK_ROWS
     parts = np.split(order, np.flatnonzero(np.diff(chunk)) + 1)
-    if workers < 2 or len(parts) < 2:
-        for part in parts:
-            work(part)
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(work, parts))
+    alone = workers < 2 or len(parts) < 2
+    with contextlib.nullcontext() if alone else ThreadPoolExecutor(workers) as pool:
+        done = pool.map(work, parts) if pool else map(work, parts)
+        for part, _ in zip(parts, done, strict=True):
+            if told:
+                told.step(len(part))
 
 
-def feature_table(rec: Recordings, workers: int = 2) -> Table:
+def feature_table(rec: Recordings, workers: int = 2, told: Progress | None = None) -> Table:
     """Every feature of every recording, which must be canonical. → (N, F)"""
     names, modality, blank = table_columns()
     x = np.empty((len(rec), len(names)), np.float32)
@@ -2198,7 +2248,7 @@ def feature_table(rec: Recordings, workers: int = 2) -> Table:
             x[order] = np.concatenate([family.make(chunk) for family in FEATURES]).T
 
     n_rows = np.diff(rec.start)
-    on_threads(fill, n_rows, np.argsort(n_rows, kind="stable"), workers)
+    on_threads(fill, n_rows, np.argsort(n_rows, kind="stable"), workers, told)
     return Table(names, x, modality, blank)
 
 
@@ -2373,7 +2423,7 @@ class Frames:
         return Frames(self.start, np.ascontiguousarray(self.x[:, :width]), kept)
 
 
-def make_frames(rec: Recordings, workers: int = 2) -> Frames:
+def make_frames(rec: Recordings, workers: int = 2, told: Progress | None = None) -> Frames:
     """Channels of every row of recordings, which must be canonical."""
     x = np.empty((len(rec.acc), sum(len(names) for _, names in GROUPS)), np.float32)
 
@@ -2381,7 +2431,7 @@ def make_frames(rec: Recordings, workers: int = 2) -> Frames:
         rows = slice(rec.start[order[0]], rec.start[order[-1] + 1])
         fill_channels(rec.part(int(order[0]), int(order[-1]) + 1), x[rows])
 
-    on_threads(fill, np.diff(rec.start), np.arange(len(rec)), workers)
+    on_threads(fill, np.diff(rec.start), np.arange(len(rec)), workers, told)
     return Frames(rec.start, x, GROUPS, rec.tof)
 
 
@@ -2535,32 +2585,27 @@ def boost_gestures(
     def competition_score(proba: F64, _: object) -> tuple[str, float, bool]:
         return "score", score(truth, proba.argmax(axis=1)), True
 
-    callbacks = [boosting_log(job, cfg)]
-    if cfg.lgbm_es_rounds:
-        stop = lgb.early_stopping(cfg.lgbm_es_rounds, first_metric_only=True, verbose=False)
-        callbacks.append(stop)
-    return lgb.train(
-        params, data, cfg.lgbm_rounds, [lgb.Dataset(valid_x, truth, reference=data)], ["valid"],
-        feval=competition_score, callbacks=callbacks,
-    )  # fmt: skip
+    with Progress("rounds", cfg.lgbm_rounds, cfg.log_every_steps, cfg, job=job.name) as progress:
+        callbacks = [boosting_log(job, progress, cfg)]
+        if cfg.lgbm_es_rounds:
+            stop = lgb.early_stopping(cfg.lgbm_es_rounds, first_metric_only=True, verbose=False)
+            callbacks.append(stop)
+        return lgb.train(
+            params, data, cfg.lgbm_rounds, [lgb.Dataset(valid_x, truth, reference=data)], ["valid"],
+            feval=competition_score, callbacks=callbacks,
+        )  # fmt: skip
 
 
-def boosting_log(job: Job, cfg: Config) -> Callable[[Any], None]:
-    """A callback that prints and records a line every LOG_EVERY_STEPS rounds."""
-    began = time.monotonic()
+def boosting_log(job: Job, progress: Progress, cfg: Config) -> Callable[[Any], None]:
+    """A callback that tells every round to `progress`, and every LOG_EVERY_STEPS to a file."""
 
     def callback(env: Any) -> None:
-        done = env.iteration + 1
-        if done % cfg.log_every_steps and done != env.end_iteration:
-            return
-        secs = time.monotonic() - began
         values = {name: float(value) for _, name, value, *_ in env.evaluation_result_list}
-        eta = secs / done * (env.end_iteration - done)  # at most: it may stop early
-        log(
-            "rounds", job=job.name, done=f"{done}/{env.end_iteration}", **values, secs=secs, eta=eta
-        )
-        append_jsonl(job.logs / "lgbm_progress.jsonl", cfg, mode=job.mode, fold=job.fold,
-                     round=done, secs=round(secs, 2), **values)  # fmt: skip
+        secs = round(time.monotonic() - progress.began, 2)
+        progress.step(1, lambda: values | {"secs": secs})
+        if progress.done % cfg.log_every_steps == 0 or progress.done == progress.total:
+            append_jsonl(job.logs / "lgbm_progress.jsonl", cfg, mode=job.mode, fold=job.fold,
+                         round=progress.done, secs=secs, **values)  # fmt: skip
 
     return callback
 
@@ -3160,7 +3205,7 @@ class Store:
 
 @dataclass(slots=True)
 class Draw:
-    """Which recordings make a batch, and what is done to each; as drawn, still on the host."""
+    """Some recordings and what is done to each; as drawn, still on the host."""
 
     which: I64  # (B)
     last: I64  # (B) row that comes last
@@ -3170,8 +3215,12 @@ class Draw:
     lost: Bool  # (B, C) columns that go missing
     blind: Bool  # (B) ToF images that go missing
     gap: I64  # (B, 2) rows from … to that go missing
-    partner: I64  # (B) place in the batch of the recording that is mixed in
+    partner: I64  # (B) recording that is mixed in
     share: F32  # (B) of the recording itself, 0.5 … 1
+
+    def part(self, chosen: I64) -> Draw:
+        """Some of the recordings, with what was drawn for them."""
+        return Draw(*(getattr(self, f.name)[chosen] for f in dataclasses.fields(self)))
 
 
 def plain_draw(store: Store, which: I64) -> Draw:
@@ -3179,7 +3228,7 @@ def plain_draw(store: Store, which: I64) -> Draw:
     n, still = len(which), np.zeros(len(which), np.int64)
     return Draw(
         which, store.last[which], store.length[which], np.ones(n, np.float32), np.zeros((n, 3), np.float32),
-        np.zeros((n, store.x.shape[1]), bool), still > 0, np.stack([still, still], 1), still, np.ones(n, np.float32),
+        np.zeros((n, store.x.shape[1]), bool), still > 0, np.stack([still, still], 1), which, np.ones(n, np.float32),
     )  # fmt: skip
 
 
@@ -3189,7 +3238,8 @@ STRETCH, SHIFT, TURN, GAP, LOSS, MIX = 0.15, 6, 0.15, 12, 0.1, 0.4  # how far au
 def augmented_draw(
     store: Store, which: I64, pad_len: int, cfg: Config, rng: np.random.Generator
 ) -> Draw:
-    """Recordings changed at random, each change with its own probability."""
+    """Recordings changed at random, each change with its own probability. Drawn for an epoch at
+    once: its few numbers per recording then cost next to nothing."""
     d, n = plain_draw(store, which), len(which)
 
     def chosen(p: float) -> Bool:
@@ -3213,7 +3263,7 @@ def augmented_draw(
     begin = rng.integers(0, d.length)
     wide = np.where(chosen(cfg.torch_time_mask_prob), rng.integers(1, GAP + 1, n), 0)
     d.gap = np.stack([begin, begin + wide], 1)
-    d.partner = rng.permutation(n)
+    d.partner = rng.permutation(which)
     share = rng.beta(MIX, MIX, n)
     d.share = np.where(chosen(cfg.torch_mixup_prob), np.maximum(share, 1 - share), 1).astype(
         np.float32
@@ -3272,7 +3322,7 @@ def make_batch(store: Store, d: Draw, composite: I64 | None = None, n_labels: in
     length = torch.from_numpy(d.length)
     if composite is None or store.phase is None:
         return Batch(rows, images, length)
-    own, other = (one_hot(on(composite[w]), n_labels) for w in (d.which, d.which[d.partner]))
+    own, other = (one_hot(on(composite[w]), n_labels) for w in (d.which, d.partner))
     label = torch.lerp(other.float(), own.float(), on(d.share)[:, None])
     return Batch(rows, images, length, label, phase_share(store.phase[at], on(d.length)))
 
@@ -3283,9 +3333,8 @@ def mixed_in(
     """Mixup: part of another recording's rows, aligned at the end. Where it has none, our own stay."""
     from torch.nn.functional import embedding
 
-    last, first = store.last[d.which[d.partner]], store.first[d.which[d.partner]]
-    at = on(last)[:, None] - whole  # (B, T)
-    there = (at >= on(first)[:, None])[:, :, None]
+    at = on(store.last[d.partner])[:, None] - whole  # (B, T)
+    there = (at >= on(store.first[d.partner])[:, None])[:, :, None]
     other = embedding(at.clamp(min=0), store.x)
     mixed = other.lerp(rows, on(d.share)[:, None, None])
     return rows.where(~there | mixed.isnan(), mixed)
@@ -3398,8 +3447,6 @@ class Training:
     half: torch.dtype | None
     micro: int  # recordings that go through the network at once
     forward: Callable[..., Outputs]  # the network, or its copies on several cards
-    began: tuple[float, int] = (0.0, 0)  # time and step at which this process took it up
-    told: float = 0.0  # time of the last printed line
     epoch: int = 0
     step: int = 0
     best: dict[str, Any] = dataclasses.field(default_factory=dict)  # epoch, score and state
@@ -3548,7 +3595,9 @@ def follow(ema: torch.nn.Module, net: torch.nn.Module, keep: float) -> None:
             slow.lerp_(fast, 1 - keep)
 
 
-def run_epoch(run: Training, store: Store, job: Job, composite: I64, cfg: Config) -> float:
+def run_epoch(
+    run: Training, store: Store, job: Job, composite: I64, progress: Progress, cfg: Config
+) -> float:
     """Every training row once, in batches of nearly equal size; the mean loss."""
     import torch
 
@@ -3559,15 +3608,15 @@ def run_epoch(run: Training, store: Store, job: Job, composite: I64, cfg: Config
     several = run.forward is not run.net  # a generator lives on one card only
     total = torch.zeros((), device=run.device)
     run.net.train()
-    for which in bar(np.array_split(rng.permutation(job.train), steps), job.name, cfg):
+    draw = augmented_draw(store, rng.permutation(job.train), pad_len, cfg, rng)
+    for chosen in np.array_split(np.arange(len(job.train)), steps):
         rate = one_cycle(run.step, steps * cfg.torch_max_epochs, cfg.torch_lr)
         for group in run.optimizer.param_groups:
             group["lr"] = rate
-        draw = augmented_draw(store, which, pad_len, cfg, rng)
-        batch = make_batch(store, draw, composite, n_labels)
+        batch = make_batch(store, draw.part(chosen), composite, n_labels)
         loss = train_step(run, batch, None if several else noise, cfg)
-        total += loss * len(which)
-        tell_step(run, job, loss, steps * cfg.torch_max_epochs, cfg)
+        total += loss * len(batch)
+        progress.step(1, lambda: {"loss": loss.item(), "lr": rate})  # noqa: B023, asked at once
     run.epoch += 1
     mean = total.item() / len(job.train)
     if not np.isfinite(mean):
@@ -3575,26 +3624,6 @@ def run_epoch(run: Training, store: Store, job: Job, composite: I64, cfg: Config
             f"{job.name}: the loss of epoch {run.epoch} is {mean}. Lower TORCH_LR={cfg.torch_lr:g}, or set TORCH_AMP=0."
         )
     return mean
-
-
-def tell_step(run: Training, job: Job, loss: torch.Tensor, total: int, cfg: Config) -> None:
-    """A line every PRINT_EVERY_STEPS steps, and never more than 20 seconds of silence."""
-    now, (began, first) = time.monotonic(), run.began
-    if run.step % cfg.print_every_steps and now - run.told < 20:
-        return
-    run.told = now
-    eta = (now - began) / max(run.step - first, 1) * (total - run.step)
-    rate = run.optimizer.param_groups[0]["lr"]
-    log("steps", job=job.name, done=f"{run.step}/{total}", loss=loss.item(), lr=rate, eta=eta)
-
-
-def bar(items: list[I64], text: str, cfg: Config) -> Iterable[I64]:
-    """The same items, with a progress bar on a terminal if USE_TQDM=1."""
-    if not (cfg.use_tqdm and package_version("tqdm")):
-        return items
-    from tqdm.auto import tqdm
-
-    return tqdm(items, desc=text, leave=False, disable=None)
 
 
 def ask(net: torch.nn.Module, store: Store, rows: I64, size: int = 256) -> F32:
@@ -3618,15 +3647,15 @@ def fit_torch(job: Job, frames: Frames, labels: Labels, cfg: Config) -> dict[str
     settings = torch_settings(job, frames, cfg)
     resume(run, job, settings, cfg)
     store = Store.of(frames, spec, run.device, labels.phase)
-    start_clock(run, job, cfg)
-    while run.epoch < cfg.torch_max_epochs and not out_of_patience(run, cfg):
-        epoch_began = time.monotonic()
-        loss = run_epoch(run, store, job, labels.composite, cfg)
-        proba = gesture_proba(ask(run.ema, store, job.valid), labels.table)
-        f1 = score_parts(labels.gesture[job.valid], proba.argmax(1))
-        remember(run, sum(f1) / 2, cfg)
-        note_epoch(run, job, loss, f1, time.monotonic() - epoch_began, cfg)
-        write_whole(torch_checkpoint(job), torch_bytes({"settings": settings, **run.state()}))
+    with torch_progress(run, job, cfg) as progress:
+        while run.epoch < cfg.torch_max_epochs and not out_of_patience(run, cfg):
+            epoch_began = time.monotonic()
+            loss = run_epoch(run, store, job, labels.composite, progress, cfg)
+            proba = gesture_proba(ask(run.ema, store, job.valid), labels.table)
+            f1 = score_parts(labels.gesture[job.valid], proba.argmax(1))
+            remember(run, sum(f1) / 2, cfg)
+            note_epoch(run, job, loss, f1, time.monotonic() - epoch_began, cfg)
+            write_whole(torch_checkpoint(job), torch_bytes({"settings": settings, **run.state()}))
     content = {"spec": dataclasses.asdict(spec), "state": run.best["state"]}
     write_whole(job.folder / f"{job.stem}.pt", torch_bytes(content))
     torch_checkpoint(job).unlink(missing_ok=True)
@@ -3634,17 +3663,17 @@ def fit_torch(job: Job, frames: Frames, labels: Labels, cfg: Config) -> dict[str
     return info | {"epochs": run.epoch, "steps": run.step, "device": str(run.device)}
 
 
-def start_clock(run: Training, job: Job, cfg: Config) -> None:
-    """Say what begins, and where its time and memory are counted from."""
+def torch_progress(run: Training, job: Job, cfg: Config) -> Progress:
+    """Say what begins, and count time and memory from here."""
     import torch
 
     n_train = len(job.train)
-    run.told = time.monotonic()
-    run.began = (run.told, run.step)
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
     log("torch", job=job.name, device=run.device, precision=str(run.half or torch.float32)[6:], train=n_train,
         a_step=torch_batch(n_train, cfg), asked=cfg.torch_batch_size, epoch=f"{run.epoch}/{cfg.torch_max_epochs}")  # fmt: skip
+    total = steps_an_epoch(n_train, cfg) * cfg.torch_max_epochs
+    return Progress("steps", total, cfg.print_every_steps, cfg, run.step, job=job.name)
 
 
 def net_spec(frames: Frames, table: I64, cfg: Config) -> NetSpec:
@@ -4611,14 +4640,14 @@ def keras_callbacks(run: KerasRun) -> Any:
     return listed
 
 
-def train_epoch(run: KerasRun, batches: Iterator[Any], epoch: int) -> dict[str, float]:
+def train_epoch(
+    run: KerasRun, batches: Iterator[Any], epoch: int, progress: Progress
+) -> dict[str, float]:
     """All steps of one epoch; loss and accuracy over them."""
     cfg, told = run.cfg, []
-    for i in range(run.steps):
+    for _ in range(run.steps):
         told.append(run.trainer.step(*next(batches)))
-        if (epoch * run.steps + i + 1) % cfg.print_every_steps == 0:
-            loss = float(told[-1][0])
-            log("step", job=run.job.stem, epoch=epoch + 1, step=i + 1, of=run.steps, loss=loss)
+        progress.step(1, lambda: {"epoch": epoch + 1, "loss": float(told[-1][0])})
     loss, acc = np.mean(told, axis=0)
     if not np.isfinite(loss):
         raise FloatingPointError(
@@ -4651,20 +4680,29 @@ def train_keras(run: KerasRun) -> None:
     steps = range(len(run.history) * run.steps, cfg.keras_max_epochs * run.steps)
     batches = iter(keras_batches(run, steps))
     noise = int(job.rng(cfg, "noise").integers(2**30))
-    while len(run.history) < cfg.keras_max_epochs and not model.stop_training:
-        epoch, began = len(run.history), time.monotonic()
-        run.trainer.set_noise(noise, epoch)
-        callbacks.on_epoch_begin(epoch)
-        lr = {"lr": float(model.optimizer.learning_rate.value.numpy())}
-        run.history.append(train_epoch(run, batches, epoch) | judge(run) | lr)
-        callbacks.on_epoch_end(epoch, dict(run.history[-1]))
-        run.save()
-        report = {"fold": job.fold, "mode": job.mode, "seed": job.seed, "epoch": epoch + 1}
-        since = {"time_from_start_sec": round(time.monotonic() - STARTED, 1)}
-        append_jsonl(job.logs / "keras_progress.jsonl", cfg, **report, **since, **run.history[-1])
-        told = {name: f"{value:.4g}" for name, value in run.history[-1].items()}
-        log("epoch", job=job.name, n=epoch + 1, **told, secs=time.monotonic() - began)
+    total = cfg.keras_max_epochs * run.steps
+    with Progress(
+        "steps", total, cfg.print_every_steps, cfg, steps.start, job=job.name
+    ) as progress:
+        while len(run.history) < cfg.keras_max_epochs and not model.stop_training:
+            epoch, began = len(run.history), time.monotonic()
+            run.trainer.set_noise(noise, epoch)
+            callbacks.on_epoch_begin(epoch)
+            lr = {"lr": float(model.optimizer.learning_rate.value.numpy())}
+            run.history.append(train_epoch(run, batches, epoch, progress) | judge(run) | lr)
+            callbacks.on_epoch_end(epoch, dict(run.history[-1]))
+            run.save()
+            note_keras_epoch(run, time.monotonic() - began)
     callbacks.on_train_end()
+
+
+def note_keras_epoch(run: KerasRun, secs: float) -> None:
+    """One line of logs/keras_progress.jsonl, and one on the screen."""
+    job, epoch = run.job, run.history[-1]
+    where = {"fold": job.fold, "mode": job.mode, "seed": job.seed, "epoch": len(run.history)}
+    since = {"time_from_start_sec": round(time.monotonic() - STARTED, 1)}
+    append_jsonl(job.logs / "keras_progress.jsonl", run.cfg, **where, **since, **epoch)
+    log("epoch", job=job.name, n=len(run.history), **epoch, secs=secs)
 
 
 def fit_keras(job: Job, frames: Frames, labels: Labels, cfg: Config) -> dict[str, Any]:
@@ -4762,23 +4800,32 @@ def predict_keras(model: KerasEnsemble, frames: Frames) -> F32:
 
 # %%
 class Inputs:
-    """What members learn from: table and frames of the same recordings, made when first asked for."""
+    """What members learn from: table and frames of the same recordings, made when first asked for.
 
-    def __init__(self, rec: Recordings, cache: Path | None = None, max_mb: float = np.inf) -> None:
+    With settings, as in training, progress is told and large frames are mapped from disk.
+    """
+
+    def __init__(self, rec: Recordings, cfg: Config | None = None) -> None:
         self.rec = rec
-        self.cache = cache  # a folder for frames larger than max_mb
-        self.max_mb = max_mb
+        self.cfg = cfg
+
+    def progress(self, event: str) -> Progress | None:
+        if self.cfg is None:
+            return None
+        return Progress(event, len(self.rec), self.cfg.feature_log_every, self.cfg)
 
     @functools.cached_property
     def table(self) -> Table:
-        return feature_table(self.rec)
+        return feature_table(self.rec, told=self.progress("features"))
 
     @functools.cached_property
     def frames(self) -> Frames:
-        frames = make_frames(self.rec)
-        if self.cache is None or frames.x.nbytes <= self.max_mb * 2**20:
+        frames = make_frames(self.rec, told=self.progress("frames"))
+        if self.cfg is None:
             return frames
-        path = self.cache / "frames.npy"
+        if self.cfg.frame_cache and frames.x.nbytes <= self.cfg.frame_cache_max_mb * 2**20:
+            return frames
+        path = self.cfg.checkpoints / "cache" / "frames.npy"
         write_array(path, frames.x)
         log("frames", mb=frames.x.nbytes / 2**20, mapped_from=path)
         return dataclasses.replace(frames, x=np.load(path, mmap_mode="r", allow_pickle=False))
@@ -5771,8 +5818,7 @@ def make_study(cfg: Config) -> Study:
     turned, wearer = find_turned(rec, fold, cfg)
     log("data", folder=cfg.data_dir, recordings=len(rec), rows=len(rec.acc), subjects=len(set(rec.subject)),
         labels=len(rec.labels.table), upside_down=",".join(np.unique(rec.subject[turned])) or "none")  # fmt: skip
-    max_mb = cfg.frame_cache_max_mb if cfg.frame_cache else 0
-    inputs = Inputs(canonical(rec, turned), cfg.checkpoints / "cache", max_mb)
+    inputs = Inputs(canonical(rec, turned), cfg)
     return Study(inputs, rec.labels, fold, mark, digest(turned), wearer)
 
 

@@ -509,11 +509,11 @@ class Killed(RuntimeError):
 
 
 def killed_in(epoch: int, whole: Callable[..., Any]) -> Callable[..., Any]:
-    def train_epoch(run: cmi.KerasRun, batches: Iterator[Any], at: int) -> Any:
+    def train_epoch(run: cmi.KerasRun, batches: Iterator[Any], at: int, told: Any) -> Any:
         if at == epoch:
             next(batches)
             raise Killed
-        return whole(run, batches, at)
+        return whole(run, batches, at, told)
 
     return train_epoch
 
@@ -650,11 +650,11 @@ def test_when_memory_runs_out_micro_batches_halve_and_the_step_stays(
     frames, labels, subject = data
     whole, seen = cmi.train_epoch, []
 
-    def train_epoch(run: cmi.KerasRun, batches: Iterator[Any], epoch: int) -> Any:
+    def train_epoch(run: cmi.KerasRun, batches: Iterator[Any], epoch: int, told: Any) -> Any:
         seen.append((epoch, run.size, run.accumulate, run.steps))
         if epoch >= 1 and run.size > 4:
             raise tf.errors.ResourceExhaustedError(None, None, "injected")
-        return whole(run, batches, epoch)
+        return whole(run, batches, epoch, told)
 
     monkeypatch.setattr(cmi, "train_epoch", train_epoch)
     monkeypatch.setattr(cmi, "keras_batch", lambda *_: 8)
