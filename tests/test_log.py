@@ -100,5 +100,5 @@ def test_on_a_terminal_a_bar_stands_in_for_the_lines(tqdm: str, bar: bool) -> No
     written, _, _ = select.select([ours], [], [], 1)
     drawn = os.read(ours, 10_000).decode() if written else ""
     os.close(theirs)
-    assert ("5/5" in drawn) == bar
+    assert ("steps:" in drawn and "/5 " in drawn) == bar
     assert len(done.stdout.splitlines()) == (0 if bar else 5)
