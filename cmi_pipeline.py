@@ -43,6 +43,7 @@ import contextlib
 import copy
 import dataclasses
 import difflib
+import errno
 import functools
 import hashlib
 import io
@@ -418,6 +419,9 @@ def write_whole(path: Path, content: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk does not say what it had no room for
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -5915,12 +5919,26 @@ def main(env: Mapping[str, str], arguments: Sequence[str] = ()) -> None:
             serve(cfg)
 
 
+FREE, OTHER, MOVE = (
+    "Free some space there, or set OUTPUT_PATH to another disk; then run again, what is done is kept.",
+    "Allow writing there, or set OUTPUT_PATH to a folder that can be written to.",
+    "A file lies where a folder is needed, or the other way round: move it away.",
+)
+REMEDIES = {errno.ENOSPC: FREE, errno.EDQUOT: FREE, errno.EFBIG: FREE, errno.EROFS: OTHER, errno.EACCES: OTHER,
+            errno.EPERM: OTHER, errno.ENOTDIR: MOVE, errno.EEXIST: MOVE, errno.EISDIR: MOVE}  # fmt: skip
+
+
 def start(env: Mapping[str, str], arguments: Sequence[str]) -> str | None:
-    """main; a mistake of the user's comes back as one line instead of a traceback."""
+    """main; a mistake of the user's or of a disk comes back as one line instead of a traceback."""
     try:
         main(env, arguments)
     except (ConfigError, DataError) as error:
         return f"cmi_pipeline: {error}"
+    except OSError as error:
+        if error.errno not in REMEDIES:
+            raise
+        place = error.filename or env.get("OUTPUT_PATH") or "the output folder"
+        return f"cmi_pipeline: {place}: {os.strerror(error.errno)}. {REMEDIES[error.errno]}"
     return None
 
 
