@@ -431,14 +431,29 @@ def only_run(folder: Path) -> Iterator[None]:
     """Hold a folder for this run alone. The lock is the system's own and ends with the process."""
     import fcntl
 
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise ConfigError(
-                f"Another run is writing to {folder}. Wait for it, or set OUTPUT_PATH to another folder."
+                f"Another run is writing to {folder}. Wait for it, or set OUTPUT_PATH to another "
+                f"folder, and CKPT_BASE_DIR too if you use it."
             ) from None
+        except OSError as error:  # no file system of this kind can lock
+            log("warning", folder=folder, lock=error.strerror, advice="start no second run on it")
+        clear_leftovers(folder)
         yield
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what killed runs were writing. Only for the holder of the folder's lock."""
+    for path in sorted(folder.rglob(".*.[0-9]*.part*")):
+        log("leftover", removed=path)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_array(path: Path, array: npt.NDArray[Any]) -> None:
@@ -4742,7 +4757,7 @@ def finish_keras(run: KerasRun) -> dict[str, Any]:
         trainer.model.load_weights(str(run.best_weights(f"{best + 1:03d}")))
     network = keras_network(run.spec)
     network.set_weights(trainer.network.get_weights())
-    partial = job.scratch / f"{job.stem}_whole.keras"
+    partial = job.scratch / f".{job.stem}.{os.getpid()}.part.keras"
     network.save(partial)
     write_whole(job.folder / f"{job.stem}.keras", partial.read_bytes())
     partial.unlink()
@@ -5905,12 +5920,14 @@ def main(env: Mapping[str, str], arguments: Sequence[str] = ()) -> None:
         log("note", DL_NUM_WORKERS=cfg.dl_num_workers, effect="none: batches need no workers")
     for name, meant in likely_typos(env):
         log("warning", variable=name, did_you_mean=meant)
-    cfg = settle(cfg, env)
-    cfg.out.mkdir(parents=True, exist_ok=True)
     if cfg.rerun:
-        serve(cfg)
+        cfg.out.mkdir(parents=True, exist_ok=True)
+        serve(settle(cfg, env))
         return
-    with only_run(cfg.out):
+    with contextlib.ExitStack() as held:
+        for folder in sorted({cfg.out.resolve(), cfg.checkpoints.resolve()}):
+            held.enter_context(only_run(folder))
+        cfg = settle(cfg, env)
         if (cfg.data_dir / "train.csv").is_file():
             train_all(cfg)
         else:
