@@ -873,7 +873,15 @@ def cached_recordings(folder: Path, cfg: Config) -> tuple[Recordings, str]:
     cache = cfg.checkpoints / "cache" / f"recordings-{digest(RECORDINGS_FORMAT, stats)}"
     meta = cache / "meta.json"
     if meta.exists():
-        return load_recordings(cache), read_json(meta)["digest"]
+        try:
+            rec = load_recordings(cache)
+            mark = digest(*flat_arrays(rec).values())
+            if mark == read_json(meta)["digest"]:
+                return rec, mark
+            why = "its arrays are not those that were written"
+        except (OSError, LookupError, TypeError, ValueError, AssertionError) as error:
+            why = str(error)
+        log("warning", cache=cache, why=f"{why:.200}", instead="read again")
     rec = read_train(folder)
     for old in cache.parent.glob("recordings-*"):
         shutil.rmtree(old)
@@ -4520,7 +4528,7 @@ def read_checkpoint(job: Job, cfg: Config) -> tuple[dict[str, Any], dict[str, An
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
         return json.loads(str(arrays.pop("note"))), arrays
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"{path} cannot be read ({error}). Delete it to train from the start."
         ) from None
@@ -4528,7 +4536,10 @@ def read_checkpoint(job: Job, cfg: Config) -> tuple[dict[str, Any], dict[str, An
 
 def keras_resumable(job: Job, cfg: Config) -> str | None:
     """For the plan: where a training can be resumed, or why it cannot; None if there is none."""
-    note, _ = read_checkpoint(job, cfg)
+    try:
+        note, _ = read_checkpoint(job, cfg)
+    except ValueError:
+        return f"{keras_checkpoint(job).name} is damaged"
     if not note:
         return None
     other = difference(checkpoint_settings(job, cfg), note["settings"])
@@ -4578,8 +4589,13 @@ class KerasRun:
 
     def take_up(self) -> None:
         """Learn from the checkpoint how far this job has come; nothing, if it does not fit."""
-        note, _ = read_checkpoint(self.job, self.cfg)
-        other = difference(self.settings, note["settings"]) if note else ""
+        note: dict[str, Any] = {}
+        other = ""
+        try:
+            note, _ = read_checkpoint(self.job, self.cfg)
+            other = difference(self.settings, note["settings"]) if note else ""
+        except ValueError as error:
+            other = str(error)
         if other:
             log("refused", job=self.job.name, checkpoint=other)
         if not note or other:
@@ -4985,7 +5001,7 @@ def why_not_reusable(job: Job, folder: Path, study: Study, cfg: Config) -> str:
         figures = probe(study, job.member, job.mode)[1]
         close = np.allclose(figures, then["probe"], rtol=1e-2, atol=1e-3)
         spoilt = spoilt_file(folder, job.stem)
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
         return f"{note.name} cannot be used ({error})"
     if not close:
         return "its input is computed in another way now"
@@ -5068,8 +5084,11 @@ def bundle_folders(member: str, cfg: Config) -> list[Path]:
 
 def last_secs(folder: Path) -> float:
     """Seconds that the models in `folder` took to train; NaN where none tells."""
-    notes = [read_json(p) for p in folder.glob("fold*.json")]
-    return float(sum(n.get("secs", np.nan) for n in notes)) if notes else float("nan")
+    try:
+        notes = [float(read_json(p)["secs"]) for p in sorted(folder.glob("fold*.json"))]
+    except (LookupError, TypeError, ValueError):  # the plan says which note is damaged
+        notes = []
+    return sum(notes) if notes else float("nan")
 
 
 def print_plan(plan: Sequence[Step]) -> None:
@@ -5845,21 +5864,29 @@ def saved_folds(rec: Recordings, cfg: Config) -> I64:
     """Folds of folds.csv if it is of these recordings and this number of folds, else new ones."""
     path = cfg.out / "folds.csv"
     if path.exists():
-        saved = pl.read_csv(path)
-        same = (
-            saved["sequence_id"].to_list() == rec.sequence_id.tolist()
-            and saved["fold"].max() == cfg.n_folds - 1
-        )
-        by_subject = saved.group_by("subject").agg(pl.col("fold").n_unique())["fold"].max() == 1
-        if same and by_subject:
-            return saved["fold"].to_numpy().astype(np.int64)
-        log(
-            "folds", path=path, why="of other data, or another number of folds", instead="made anew"
-        )
+        fold, why = read_folds(path, rec, cfg)
+        if not why:
+            return fold
+        log("folds", path=path, why=why, instead="made anew")
     fold = make_folds(rec.subject, cfg)
     frame = pl.DataFrame({"sequence_id": rec.sequence_id, "subject": rec.subject, "fold": fold})
     write_whole(path, frame.write_csv())
     return fold
+
+
+def read_folds(path: Path, rec: Recordings, cfg: Config) -> tuple[I64, str]:
+    """Folds as they stand in a file, (N), and why they cannot be used; empty if they can."""
+    try:
+        saved = pl.read_csv(path, schema_overrides={"sequence_id": pl.String, "fold": pl.Int64})
+        fold = saved["fold"].to_numpy().astype(np.int64)
+        if saved["sequence_id"].to_list() != rec.sequence_id.tolist():
+            return fold, "of other data"
+    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
+        return np.empty(0, np.int64), f"cannot be read ({error!s:.100})"
+    if set(fold.tolist()) != set(range(cfg.n_folds)):
+        return fold, f"its folds are not 0 … {cfg.n_folds - 1}"
+    pairs = set(zip(rec.subject.tolist(), fold.tolist(), strict=True))
+    return fold, "" if len(pairs) == len(set(rec.subject)) else "some subject is in two folds"
 
 
 def train_all(cfg: Config) -> None:
