@@ -57,6 +57,7 @@ import threading
 import time
 import traceback
 import typing
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -93,6 +94,10 @@ Str = npt.NDArray[np.str_]
 # %%
 class ConfigError(ValueError):
     """A setting whose value cannot be read, or a path it names that does not exist."""
+
+
+class DataError(ValueError):
+    """An input file that cannot be used; the text says what, where and what to do."""
 
 
 LGBM, TORCH, KERAS = ("lgbm",), ("torch",), ("keras",)
@@ -469,8 +474,8 @@ def write_json(path: Path, content: object) -> None:
 def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}). Delete it, or attach it again.") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is not JSON ({error}). Delete it, or attach it again.") from None
 
 
 def append_jsonl(path: Path, cfg: Config, **values: object) -> None:
@@ -643,10 +648,6 @@ PERSON = (
     "elbow_to_wrist_cm",
 )
 FARTHEST, NOTHING, MISSING = 249, 254, 255  # codes of a ToF pixel
-
-
-class DataError(ValueError):
-    """An input file that cannot be used; the text says what, where and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -1270,6 +1271,9 @@ def window_mean(x: npt.NDArray[Any], first: I64, last: I64) -> F64:
     total = np.zeros((len(x) + 1, x.shape[1]))
     np.cumsum(x, axis=0, out=total[1:])
     return np.asarray((total[last] - total[first]) / (last - first)[:, None])
+
+
+N_ODD = 30  # figures below
 
 
 def odd_features(rec: Recordings) -> F64:
@@ -2833,9 +2837,16 @@ def load_lgbm(folder: Path, stems: Sequence[str], table: I64, cfg: Config) -> Lg
     """Boosters of the given folds from their texts."""
     import lightgbm as lgb
 
-    ends = ("", *(f"_{side}" for side in SIDES))
-    texts = [checked_booster_text(folder / f"{stem}{end}.txt") for stem in stems for end in ends]
-    boosters = [lgb.Booster(model_str=text) for text in texts]
+    classes = {"": len(GESTURES)} | {f"_{side}": n for side, n in SIDES.items()}
+    texts = [
+        checked_booster_text(folder / f"{stem}{end}.txt", n)
+        for stem in stems
+        for end, n in classes.items()
+    ]
+    try:
+        boosters = [lgb.Booster(model_str=text) for text in texts]
+    except (lgb.basic.LightGBMError, ValueError) as error:
+        raise DataError(f"{folder}: LightGBM refused a model ({error!s:.200}).") from None
     folds = tuple(zip(boosters[::3], boosters[1::3], boosters[2::3], strict=True))
     names = tuple(boosters[0].feature_name())
     same = all(tuple(b.feature_name()) == names for b in boosters)
@@ -2843,13 +2854,88 @@ def load_lgbm(folder: Path, stems: Sequence[str], table: I64, cfg: Config) -> Lg
     return LgbmModel(folds, names, plant(texts, len(names)), table)
 
 
-def checked_booster_text(path: Path) -> str:
+def checked_booster_text(path: Path, n_classes: int) -> str:
     """The text of a booster; LightGBM itself dies of a text that is none."""
     text = path.read_text(errors="replace")
-    head = text[:400]
-    if not (head.startswith("tree\n") and "num_class=" in head and "end of trees" in text):
-        raise ValueError(f"{path} is not a LightGBM model. Delete it, or attach the bundle again.")
+    try:
+        check_booster(text, n_classes)
+    except (LookupError, ValueError, AssertionError, Warning) as error:
+        raise DataError(
+            f"{path} is not a LightGBM model ({error!s:.100}). Delete it, or attach the bundle again."
+        ) from None
     return text
+
+
+OF_A_SPLIT = ("split_feature", "threshold", "decision_type", "left_child", "right_child")
+OF_A_LEAF = ("leaf_value", "leaf_weight", "leaf_count")
+
+
+def check_booster(text: str, n_classes: int) -> None:
+    """Make sure that LightGBM, which checks little, stays within its arrays when it walks the trees.
+
+    Whole trees of the announced sizes; a child comes after its parent and is there; so is every
+    feature that is asked for.
+    """
+    body, end, _ = text.partition("\nend of trees")
+    head, *trees = body.split("\nTree=")
+    about = dict(line.split("=", 1) for line in head.splitlines() if "=" in line)
+    assert text.startswith("tree\n"), "it does not begin with tree"
+    assert end, "its end is missing"
+    of_a_round = {about["num_class"], about["num_tree_per_iteration"]}
+    assert of_a_round == {str(n_classes)}, f"it has other classes than {n_classes}"
+    assert trees, "no trees"
+    assert len(trees) % n_classes == 0, "an unfinished round of trees"
+    n_features = len(about["feature_names"].split())
+    assert int(about["max_feature_idx"]) == n_features - 1, "max_feature_idx and names differ"
+    lengths = [len(tree.encode()) + len("\nTree=") for tree in trees]
+    sizes = whole_numbers([about["tree_sizes"]])
+    assert np.array_equal(sizes, lengths), "tree_sizes and trees differ"
+    fields = [tree_fields(tree, i) for i, tree in enumerate(trees)]
+    leaves = whole_numbers([f["num_leaves"] for f in fields])
+    assert leaves.min() >= 1, "a tree without leaves"
+    for keys, wanted in ((OF_A_SPLIT, leaves - 1), (OF_A_LEAF, leaves)):
+        for key in keys:
+            found = np.array([len(f.get(key, "").split()) for f in fields])
+            short = (found != wanted) & (leaves > 1)
+            assert not short.any(), (
+                f"{key} of tree {short.argmax()} has {found[short.argmax()]} entries"
+            )
+    check_walks([f for f in fields if f["num_leaves"] != "1"], leaves[leaves > 1], n_features)
+
+
+def check_walks(fields: Sequence[Mapping[str, str]], leaves: I64, n_features: int) -> None:
+    """Make sure that splits lead to later splits or to leaves of their tree, and ask for features."""
+    if not fields:
+        return
+    splits = leaves - 1
+    own = np.arange(splits.sum()) - np.repeat(np.cumsum(splits) - splits, splits)
+    for side in ("left_child", "right_child"):
+        child = whole_numbers([f[side] for f in fields])
+        inner = (child > own) & (child < np.repeat(splits, splits))
+        leaf = (child < 0) & (-child <= np.repeat(leaves, splits))
+        assert (inner | leaf).all(), f"{side} leads nowhere"
+    feature = whole_numbers([f["split_feature"] for f in fields])
+    assert feature.min() >= 0, "a feature below 0"
+    assert feature.max() < n_features, f"it asks for feature {feature.max()} of {n_features}"
+    decision = whole_numbers([f["decision_type"] for f in fields])
+    assert ((decision & 1) == 0).all(), "a categorical split"
+
+
+def tree_fields(tree: str, i: int) -> dict[str, str]:
+    """Lines of a tree by key; the plain trees that this file grows, no other kind."""
+    number, *lines = tree.rstrip("\n").split("\n")
+    fields = dict(line.split("=", 1) for line in lines)
+    assert number == str(i), f"tree {i} is missing"
+    assert len(fields) == len(lines), f"tree {i} says something twice"
+    assert fields["num_cat"] == fields["is_linear"] == "0", f"tree {i} is of another kind"
+    return fields
+
+
+def whole_numbers(texts: Sequence[str]) -> I64:
+    """All numbers of some texts, end to end; anything else is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # numpy only warns of a text that is no number
+        return np.fromstring(" ".join(texts), np.int64, sep=" ")
 
 
 def predict_lgbm(model: LgbmModel, table: Table) -> F32:
@@ -3759,11 +3845,11 @@ def torch_read(path: Path) -> dict[str, Any]:
         content = torch.load(raw, map_location="cpu", weights_only=True)
     except (*damage, AttributeError, OSError) as error:
         reason = str(error).split("\n")[0]
-        raise ValueError(
+        raise DataError(
             f"{path} holds more than weights, or is damaged, and was not read ({reason:.120}). Delete it and train again."
         ) from None
     if not isinstance(content, dict):
-        raise ValueError(
+        raise DataError(
             f"{path} holds a {type(content).__name__}, no network. Delete it and train again."
         )
     return content
@@ -3855,17 +3941,17 @@ def load_torch(folder: Path, stems: Sequence[str], table: I64, cfg: Config) -> T
             net = net_class()(spec, 0.0)
             net.load_state_dict(stored["state"])
         except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise ValueError(
+            raise DataError(
                 f"{path} does not describe a network of this file ({error!s:.200}). Train again."
             ) from None
         if not np.array_equal(np.array(spec.table), table):
-            raise ValueError(
+            raise DataError(
                 f"{path} was trained for {len(spec.table)} other labels. Train again, or attach its own bundle."
             )
         specs.add(spec)
         nets.append(net.eval().requires_grad_(False).to(device))
     if len(specs) != 1:
-        raise ValueError(
+        raise DataError(
             f"The networks in {folder} differ in their input or size; train them again together."
         )
     stack = torch.func.stack_module_state
@@ -4137,15 +4223,20 @@ class KerasSpec:
     def read(cls, path: Path) -> KerasSpec:
         """The spec of a saved network, from its JSON alone; no class named there is looked up."""
         try:
-            with zipfile.ZipFile(path) as file:
-                layers = json.loads(file.read("config.json"))["config"]["layers"]
+            with zipfile.ZipFile(path) as file, file.open("config.json") as text:
+                layers = json.loads(text.read(2**24))["config"]["layers"]
             config = {layer["name"]: layer["config"] for layer in layers}
             groups = tuple((name, tuple(names)) for name, names in config["standardise"]["groups"])
             table = tuple(tuple(row) for row in config["proba"]["table"])
             rows, width = config["rows"]["batch_shape"][1], config["imu1_conv1"]["filters"]
+            if not (1 <= rows <= 10_000 and 16 <= width <= 1024):
+                raise ValueError(f"no network has {rows} rows and {width} channels")
             return cls(groups, table, rows, width, config["dropout"]["rate"])
-        except (OSError, KeyError, TypeError, IndexError, ValueError, zipfile.BadZipFile) as error:
-            raise ValueError(
+        except (
+            OSError, LookupError, TypeError, ValueError, AttributeError, RecursionError,
+            zipfile.BadZipFile, zlib.error,
+        ) as error:  # fmt: skip
+            raise DataError(
                 f"{path} is no network of this pipeline ({error!r}). Delete it, or attach it again."
             ) from None
 
@@ -4803,15 +4894,21 @@ def load_keras(folder: Path, stems: Sequence[str], table: I64, cfg: Config) -> K
     spec = specs[stems[0]]
     for stem, other in specs.items():
         if other != spec:
-            raise ValueError(f"{folder}: {stem} is built unlike {stems[0]}. {RETRAIN_KERAS}")
+            raise DataError(f"{folder}: {stem} is built unlike {stems[0]}. {RETRAIN_KERAS}")
     if not np.array_equal(np.array(spec.table), table):
-        raise ValueError(f"{folder}: its networks answer with other labels. {RETRAIN_KERAS}")
+        raise DataError(f"{folder}: its networks answer with other labels. {RETRAIN_KERAS}")
     with KERAS_LOCK:
         keras_quietly(cfg.threads)
         network, _ = keras_graph(spec, cfg.keras_jit)
         values = []
         for stem in stems:
-            network.load_weights(folder / f"{stem}.keras")
+            try:
+                network.load_weights(folder / f"{stem}.keras")
+            except (OSError, LookupError, TypeError, ValueError, zipfile.BadZipFile) as error:
+                raise DataError(
+                    f"{folder / stem}.keras holds other weights than its network has "
+                    f"({error!s:.200}). {RETRAIN_KERAS}"
+                ) from None
             values.append(values_of(network))
         ask = compiled(spec, values, cfg.keras_jit)
     return KerasEnsemble(ask, tuple(n for _, names in spec.groups for n in names), spec.rows)
@@ -5269,8 +5366,31 @@ class Blend:
 
 def blend_from(content: Mapping[str, Any]) -> Blend:
     """A blend as it stands in weights.json."""
-    parts, weights, knobs = (tuple(content[k]) for k in ("parts", "weights", "knobs"))
-    return Blend(parts, weights, str(content["kind"]), knobs)
+    parts, knobs = tuple(map(str, content["parts"])), tuple(content["knobs"])
+    weights = np.array(content["weights"], np.float64)
+    if not (weights.shape == (len(parts),) == (len(knobs),) and parts):
+        raise ValueError(f"{len(parts)} parts, weights {weights.shape}, {len(knobs)} knobs")
+    if not ((weights >= 0).all() and abs(weights.sum() - 1) < 1e-6):
+        raise ValueError(f"weights {weights} are not shares of one")
+    kind, even = str(content["kind"]), np.full((1, len(GESTURES)), 1 / len(GESTURES), np.float32)
+    if kind not in TRANSFORMS:
+        raise ValueError(f"kind {kind!r} is none of {', '.join(TRANSFORMS)}")
+    for knob in knobs:
+        mixed = TRANSFORMS[kind](even, knob)
+        if mixed.shape != even.shape or not np.isfinite(mixed).all():
+            raise ValueError(f"{knob!r:.80} is no knob of {kind}")
+    return Blend(parts, tuple(weights.tolist()), kind, knobs)
+
+
+def label_table(labels: Any) -> I64:
+    """Composite labels from a bundle. → (L, 3)"""
+    table = np.array(labels)
+    ends = (len(BEHAVIORS), len(ORIENTATIONS), len(GESTURES))
+    if table.dtype != np.int64 or table.ndim != 2 or table.shape[1] != 3 or not len(table):
+        raise ValueError(f"labels are no table of whole numbers, three a label: {labels!r:.80}")
+    if (table < 0).any() or (table >= ends).any():
+        raise ValueError(f"labels go up to {table.max(axis=0)}, there are {ends}")
+    return table
 
 
 def as_it_is(proba: F32, knob: Any) -> F32:
@@ -5561,7 +5681,14 @@ def find_models(cfg: Config, marks: Mapping[str, str]) -> dict[str, tuple[Path, 
     found: dict[str, tuple[Path, list[str], I64]] = {}
     for member in (m for m in MEMBERS if not why_absent(m, cfg)):
         for folder in bundle_folders(member, cfg):
-            for mode, models in usable_models(folder).items():
+            try:
+                usable = usable_models(folder)
+            except (DataError, OSError) as error:
+                if cfg.strict:
+                    raise
+                log("warning", left_out=folder, why=error)
+                continue
+            for mode, models in usable.items():
                 part = f"{member}/{mode}"
                 if part not in found or bundle_mark(*models[:2]) == marks.get(part):
                     found[part] = models
@@ -5574,14 +5701,22 @@ def usable_models(folder: Path) -> dict[str, tuple[Path, list[str], I64]]:
         return {}
     bundle = read_json(folder / "bundle.json")
     usable = {}
-    for mode in MODES:
-        stems = bundle["modes"].get(mode, [])
+    try:
+        modes, table = (
+            {mode: bundle["modes"].get(mode, []) for mode in MODES},
+            label_table(bundle["labels"]),
+        )
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{folder / 'bundle.json'} is no bundle of this file ({error!s:.200})."
+        ) from None
+    for mode, stems in modes.items():
         check_stems(stems, folder)
         spoilt = [name for stem in stems if (name := spoilt_file(folder / mode, stem))]
         if spoilt:
             log("warning", left_out=folder / mode, why=f"{spoilt[0]} is absent or was changed")
         elif stems:
-            usable[mode] = (folder / mode, stems, np.array(bundle["labels"], np.int64))
+            usable[mode] = (folder / mode, stems, table)
     return usable
 
 
@@ -5590,8 +5725,11 @@ def spoilt_file(folder: Path, stem: str) -> str:
     note = folder / f"{stem}.json"
     if not note.is_file():
         return note.name
-    for end, mark in read_json(note)["files"].items():
+    files = read_json(note)["files"]
+    for end, mark in files.items():
         path = folder / f"{stem}{end}"
+        if "/" in end:
+            raise DataError(f"{note} names a file elsewhere: {end!r:.100}.")
         if not path.is_file() or digest(path.read_bytes()) != mark:
             return path.name
     return ""
@@ -5599,40 +5737,88 @@ def spoilt_file(folder: Path, stem: str) -> str:
 
 def check_stems(stems: Any, folder: Path) -> None:
     """Refuse names in bundle.json that could lead out of its folder."""
-    if not all(isinstance(s, str) and re.fullmatch(r"fold\d\d(_seed\d+)?", s) for s in stems):
-        raise ValueError(
-            f"{folder / 'bundle.json'} names files that no run writes: {stems!r:.100}."
-        )
+    if not isinstance(stems, list) or not all(
+        isinstance(s, str) and re.fullmatch(r"fold\d\d(_seed\d+)?", s) for s in stems
+    ):
+        raise DataError(f"{folder / 'bundle.json'} names files that no run writes: {stems!r:.100}.")
 
 
 def load_served(cfg: Config) -> Served:
     """Read what is needed to answer; raises FileNotFoundError if there is no model at all."""
     began = time.monotonic()
-    files = ensemble_files(cfg)
-    weights = read_json(files[0]) if files else None
+    weights, source = chosen_weights(cfg)
     found = find_models(cfg, weights["marks"] if weights else {})
     if not found:
         raise FileNotFoundError(
             f"No trained models in {cfg.out} and none attached. Train first, or point "
             f"LGBM_BUNDLE_PATH, TORCH_BUNDLE_PATH or KERAS_BUNDLE_PATH at a bundle."
         )
-    table = np.array(weights["labels"], np.int64) if weights else next(iter(found.values()))[2]
+    table = weights["labels"] if weights else next(iter(found.values()))[2]
     models = {}
     for part, (folder, stems, labels) in found.items():
         if not np.array_equal(labels, table):
             log("warning", left_out=part, why="its labels differ from the ensemble's")
             continue
-        models[part] = MEMBERS[part.split("/")[0]].load(folder, stems, table, cfg)
-    modes = weights["modes"] if weights else default_modes(list(models))
-    blends = {mode: blend_from(content) for mode, content in modes.items()}
+        try:
+            models[part] = MEMBERS[part.split("/")[0]].load(folder, stems, table, cfg)
+        except (DataError, OSError) as error:
+            if cfg.strict:
+                raise
+            log("warning", left_out=part, why=error)
+    if not models:
+        raise DataError(
+            f"None of the models {', '.join(found)} can be used; the lines above say why."
+        )
+    modes = default_modes(list(models))
+    blends = weights["blends"] if weights else {m: blend_from(b) for m, b in modes.items()}
     log(
         "loaded",
         models=",".join(models),
-        weights=files[0] if files else "defaults",
+        weights=source,
         secs=time.monotonic() - began,
     )
-    majority = int(weights["majority"]) if weights else int(np.bincount(table[:, 2]).argmax())
+    majority = weights["majority"] if weights else int(np.bincount(table[:, 2]).argmax())
     return Served(models, blends, table, majority, weights and weights.get("wearer"))
+
+
+def chosen_weights(cfg: Config) -> tuple[dict[str, Any] | None, str]:
+    """The first weights.json that can be used, and where it lies; None: the default weights."""
+    for path in ensemble_files(cfg):
+        try:
+            return read_weights(path), str(path)
+        except (DataError, OSError) as error:
+            if cfg.strict:
+                raise
+            log("warning", left_out=path, why=error)
+    return None, "defaults"
+
+
+def read_weights(path: Path) -> dict[str, Any]:
+    """weights.json, checked: marks, blends by mode, labels (L, 3), majority and wearer."""
+    content = read_json(path)
+    try:
+        blends = {mode: blend_from(content["modes"][mode]) for mode in content["modes"]}
+        if not blends or not set(blends) <= set(MODES):
+            raise ValueError(f"modes {', '.join(blends)}")
+        majority, marks, wearer = (content.get(k) for k in ("majority", "marks", "wearer"))
+        if majority not in range(len(GESTURES)) or not isinstance(marks, dict):
+            raise ValueError(f"majority {majority!r:.80} or marks {marks!r:.80}")
+        if wearer is not None:
+            known = np.array([wearer["prior"], *wearer["coefficients"]], np.float64)
+            if known.shape != (1 + N_ODD,) or not np.isfinite(known).all():
+                raise ValueError(f"wearer {wearer!r:.80}")
+        table = label_table(content["labels"])
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise DataError(
+            f"{path} holds no weights of this file ({error!s:.200}). Delete it, or attach it again."
+        ) from None
+    return {
+        "blends": blends,
+        "majority": majority,
+        "marks": marks,
+        "wearer": wearer,
+        "labels": table,
+    }
 
 
 def default_modes(parts: Sequence[str]) -> dict[str, Any]:
@@ -5700,7 +5886,7 @@ class Predictor:
         """The bundles; without any, LightGBM is trained now, since the first call has no deadline."""
         try:
             return load_served(self.cfg)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, DataError) as error:
             if not self.cfg.rerun:
                 raise
             log("warning", no_bundle=str(error), instead="training LightGBM in this first call")
