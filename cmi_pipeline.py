@@ -703,7 +703,7 @@ def numbers(frame: pl.DataFrame, columns: Sequence[str]) -> F32:
     """
     selected = frame.select(
         pl.col(c).cast(pl.Float32, strict=False) if c in frame.columns
-        else pl.lit(None, pl.Float32).alias(c)
+        else pl.repeat(None, pl.len(), dtype=pl.Float32).alias(c)
         for c in columns
     )  # fmt: skip
     out = np.ascontiguousarray(selected.to_numpy(), np.float32).reshape(len(frame), len(columns))
@@ -732,7 +732,8 @@ def to_recordings(frame: pl.DataFrame, person: pl.DataFrame) -> Recordings:
 
 def person_of(subject: Str, person: pl.DataFrame) -> F32:
     """Demographics of each recording's wearer. → (N, 7); an unknown wearer counts as right-handed"""
-    known = {str(s): row for s, row in zip(person["subject"], numbers(person, PERSON), strict=True)}
+    names = person["subject"] if "subject" in person.columns else [""] * len(person)
+    known = {str(s): row for s, row in zip(names, numbers(person, PERSON), strict=True)}
     stranger = np.full(len(PERSON), np.nan, np.float32)
     rows = np.stack([known.get(str(s), stranger) for s in subject])
     right = PERSON.index("handedness")
@@ -5872,6 +5873,11 @@ class Predictor:
         """Code of the gesture of one recording."""
         if self.served is None:
             self.served = self.load()
+        if not len(sequence) or not {"sequence_id", "subject"} <= set(sequence.columns):
+            raise DataError(
+                f"predict was handed {len(sequence)} rows of {sequence.columns[:4]} …, no recording: "
+                f"it needs rows, sequence_id and subject."
+            )
         rec = to_recordings(sequence, demographics)
         if len(rec) != 1:
             raise DataError(f"predict was handed {len(rec)} recordings instead of 1.")
