@@ -355,7 +355,7 @@ def log(event: str, /, **values: object) -> None:
     """One line per event: seconds since start, what happened, then key=value pairs."""
     pairs = "  ".join(
         f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items()
-    )
+    ).replace("\n", " ")  # others' errors come in several lines
     print(f"[{time.monotonic() - STARTED:7.1f}s] {event:<12} {pairs}", flush=True)  # noqa: T201
 
 
@@ -6169,7 +6169,7 @@ def start(env: Mapping[str, str], arguments: Sequence[str]) -> str | None:
     try:
         main(env, arguments)
     except (ConfigError, DataError) as error:
-        return f"cmi_pipeline: {error}"
+        return f"cmi_pipeline: {error}".replace("\n", " ")
     except OSError as error:
         if error.errno not in REMEDIES:
             raise

@@ -61,13 +61,6 @@ def check_submission(out: Path, test_csv: Path) -> None:
     assert set(answer["gesture"]) <= set(cmi.GESTURES)
 
 
-@pytest.fixture(scope="module")
-def road(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """One full run of all members; what it printed."""
-    out = tmp_path_factory.mktemp("road") / "out"
-    return out, good(run(out))
-
-
 @pytest.fixture
 def copy(road: tuple[Path, str], tmp_path: Path) -> Path:
     """A copy of the full run's folder, to be damaged."""
