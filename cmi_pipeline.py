@@ -46,6 +46,7 @@ import difflib
 import errno
 import functools
 import hashlib
+import importlib
 import io
 import itertools
 import json
@@ -61,7 +62,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import BrokenExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -2551,6 +2552,11 @@ class Job:
     @property
     def name(self) -> str:
         return f"{self.member}/{self.mode}/{self.stem}"
+
+    @property
+    def note(self) -> Path:
+        """Written last: without it the model's files do not count."""
+        return self.folder / f"{self.stem}.json"
 
 
 SIDES = {"orientation": len(ORIENTATIONS), "behavior": len(BEHAVIORS)}  # the two small boosters
@@ -5207,11 +5213,10 @@ def print_plan(plan: Sequence[Step]) -> None:
 
 # %%
 def run_job(job: Job, study: Study, cfg: Config) -> None:
-    """Train one model and write its note last: without the note the files do not count."""
+    """Train one model and write its note last."""
     member, began = MEMBERS[job.member], time.monotonic()
     log("fit", job=job.name, train=len(job.train), valid=len(job.valid))
-    note = job.folder / f"{job.stem}.json"
-    note.unlink(missing_ok=True)
+    job.note.unlink(missing_ok=True)
     job.folder.mkdir(parents=True, exist_ok=True)
     x = member.prepare(study.inputs, job.mode)
     info = member.fit(job, x, study.labels, cfg)
@@ -5221,45 +5226,100 @@ def run_job(job: Job, study: Study, cfg: Config) -> None:
         "fingerprint": fingerprint(job, study, cfg),
         "probe": probe(study, job.member, job.mode)[1],
     }
-    write_json(note, mark | {"files": files, "secs": secs, "info": info})
+    write_json(job.note, mark | {"files": files, "secs": secs, "info": info})
+
+
+LOST_WORKERS = 3  # so many times a run survives the death of workers
 
 
 def run_jobs(jobs: Sequence[Job], study: Study, cfg: Config) -> None:
-    """Train all, one after the other or side by side; each result is on disk as soon as it is made."""
+    """Train all, one after the other or side by side; each result is on disk as soon as it is made.
+
+    A worker that dies (no memory left, machine gone) takes no result along: what is not on disk is
+    trained again. An error of the training itself is raised at once.
+    """
     if cfg.cmi_workers <= 1 or len(jobs) <= 1:
         for job in jobs:
             run_job(job, study, cfg)
         return
+    MEMBERS[jobs[0].member].prepare(study.inputs, jobs[0].mode)  # once, before it is handed out
+    for job in jobs:
+        job.note.unlink(missing_ok=True)  # from here on, a note is of this run
+    todo = list(jobs)
+    for _ in range(LOST_WORKERS):
+        backend, death = cluster(study, cfg)
+        try:
+            run_side_by_side(todo, study, cfg, backend)
+        except death as error:
+            log("warning", lost_worker=type(error).__name__, says=str(error).split("\n")[0])
+        todo = [job for job in jobs if not job.note.exists()]
+        if not todo:
+            return
+        log("warning", without_result=len(todo), of=len(jobs), again=",".join(j.name for j in todo))
+    raise DataError(
+        f"{len(todo)} of {len(jobs)} jobs lost their worker {LOST_WORKERS} times, {todo[0].name} first. "
+        f"If it ran out of memory, lower CMI_WORKERS; if it is another machine, it must see {cfg.out}."
+    )
+
+
+def run_side_by_side(
+    jobs: Sequence[Job], study: Study, cfg: Config, backend: Mapping[str, Any]
+) -> None:
+    """Hand the jobs to joblib's workers, wherever they are."""
     import joblib
 
-    MEMBERS[jobs[0].member].prepare(study.inputs, jobs[0].mode)  # once, before it is handed out
-    with cluster(cfg), joblib.parallel_config(backend=cfg.cmi_backend, n_jobs=cfg.cmi_workers):
-        joblib.Parallel()(joblib.delayed(run_job)(job, study, cfg) for job in jobs)
+    born = time.time() - (time.monotonic() - STARTED)  # by the clock that machines share
+    with joblib.parallel_config(**backend, n_jobs=cfg.cmi_workers):
+        joblib.Parallel()(joblib.delayed(run_job_away)(job, study, cfg, born) for job in jobs)
 
 
-@contextlib.contextmanager
-def cluster(cfg: Config) -> Iterator[None]:
-    """Connect to the machines that CMI_BACKEND names, if it needs any."""
+def run_job_away(job: Job, study: Study, cfg: Config, born: float) -> None:
+    """run_job in a worker, whose log counts seconds from the start of the run."""
+    global STARTED
+    STARTED = time.monotonic() - (time.time() - born)
+    run_job(job, study, cfg)
+
+
+def cluster(study: Study, cfg: Config) -> tuple[dict[str, Any], tuple[type[Exception], ...]]:
+    """joblib's backend on the machines that CMI_BACKEND names, and what it raises if a worker dies.
+
+    Dask gives the jobs of a dead worker to another one by itself, three times at most.
+    """
     try:
         if cfg.cmi_backend == "dask":
-            from distributed import Client
-
-            own = {"n_workers": cfg.cmi_workers, "threads_per_worker": 1}
-            with Client(cfg.dask_scheduler) if cfg.dask_scheduler else Client(**own):
-                yield
-            return
+            return {"backend": "dask", "client": dask_client(cfg), "scatter": [study]}, ()
         if cfg.cmi_backend == "ray":
-            import ray
-            from ray.util.joblib import register_ray
-
-            ray.init(
-                address=cfg.ray_address or None,
-                num_cpus=None if cfg.ray_address else cfg.cmi_workers,
-            )
-            register_ray()
+            return {"backend": "ray"}, connect_ray(cfg)
     except ImportError as error:
         raise ConfigError(f"CMI_BACKEND={cfg.cmi_backend} needs a package: {error}.") from None
-    yield
+    return {"backend": cfg.cmi_backend}, (BrokenExecutor,)
+
+
+@functools.cache
+def dask_client(cfg: Config) -> Any:
+    """The running cluster that DASK_SCHEDULER names, else one on this machine until the run ends."""
+    from distributed import Client
+
+    if not cfg.dask_scheduler:
+        return Client(n_workers=cfg.cmi_workers, threads_per_worker=1)
+    client = Client(cfg.dask_scheduler)
+    client.upload_file(__file__)  # so that its workers can import it, wherever they run
+    return client
+
+
+def connect_ray(cfg: Config) -> tuple[type[Exception], ...]:
+    """Join the running cluster that RAY_ADDRESS names, else start one; what it raises if a worker dies."""
+    import ray
+    from ray.util.joblib import register_ray
+
+    if not ray.is_initialized():
+        ray.init(
+            address=cfg.ray_address or "local",
+            num_cpus=None if cfg.ray_address else cfg.cmi_workers,
+            runtime_env={"py_modules": [__file__]},  # so that workers can import it
+        )
+    register_ray()
+    return (ray.exceptions.RayActorError, ray.exceptions.WorkerCrashedError)
 
 
 def fill_out_of_fold(step: Step, study: Study, cfg: Config) -> F32:
@@ -6180,5 +6240,5 @@ def start(env: Mapping[str, str], arguments: Sequence[str]) -> str | None:
 
 if __name__ == "__main__":
     if "CMI_WORKERS" in os.environ and "__file__" in globals():
-        from cmi_pipeline import start  # worker processes find classes by name, not in a script
+        start = importlib.import_module(Path(__file__).stem).start  # workers find classes by name
     sys.exit(start(os.environ, sys.argv[1:]))
