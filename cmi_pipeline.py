@@ -5285,6 +5285,9 @@ def cluster(study: Study, cfg: Config) -> tuple[dict[str, Any], tuple[type[Excep
 
     Dask gives the jobs of a dead worker to another one by itself, three times at most.
     """
+    if __name__ == "__main__" and cfg.cmi_backend != "threading":
+        log("note", backend="threading", why="no other process can import what a notebook defines")
+        return {"backend": "threading"}, ()
     try:
         if cfg.cmi_backend == "dask":
             return {"backend": "dask", "client": dask_client(cfg), "scatter": [study]}, ()
@@ -6241,4 +6244,6 @@ def start(env: Mapping[str, str], arguments: Sequence[str]) -> str | None:
 if __name__ == "__main__":
     if "CMI_WORKERS" in os.environ and "__file__" in globals():
         start = importlib.import_module(Path(__file__).stem).start  # workers find classes by name
-    sys.exit(start(os.environ, sys.argv[1:]))
+    mistake = start(os.environ, sys.argv[1:])
+    if mistake:  # a notebook shows any exit as an error, a good one too
+        sys.exit(mistake)
