@@ -3519,12 +3519,17 @@ def device_for(index: int, cfg: Config) -> torch.device:
     return torch.device("cpu")
 
 
-def torch_side_by_side(cfg: Config) -> int:
-    """How many networks should train at once, each in a process: one a card, or one a core."""
+def torch_side_by_side(job: Job, cfg: Config) -> int:
+    """How many networks should train at once, each in a process: one a card, or one a core.
+
+    Without a card small networks are done before a second process is up.
+    """
     import torch
 
     if torch.cuda.device_count():
         return 1 if cfg.torch_data_parallel else torch.cuda.device_count()
+    if len(job.train) < 500:
+        return 1
     return max(1, min(len(os.sched_getaffinity(0)) // cfg.torch_threads, 8))
 
 
@@ -4982,6 +4987,10 @@ def nothing_to_resume(job: Job, cfg: Config) -> str | None:
     return None
 
 
+def one_by_one(job: Job, cfg: Config) -> int:
+    return 1
+
+
 def nothing_to_summarise(folders: Mapping[str, Path], out: Path) -> None:
     """Most members have no summary over folds."""
 
@@ -4998,6 +5007,7 @@ class Member:
     predict: Callable[[Any, Any], F32]  # → (stems, N, L)
     default_weight: float  # in the blend, when there are no out-of-fold rows
     resumable: Callable[[Job, Config], str | None] = nothing_to_resume  # "resumable …", or why not
+    side_by_side: Callable[[Job, Config], int] = one_by_one  # jobs that should run at once
     summarise: Callable[[Mapping[str, Path], Path], None] = nothing_to_summarise
 
 
@@ -5008,6 +5018,7 @@ MEMBERS = {
     ),
     "torch": Member(
         ("torch",), (".pt",), frames_of, fit_torch, load_torch, predict_torch, 0.45, torch_resumable,
+        torch_side_by_side,
     ),
     "keras": Member(
         ("keras", "tensorflow"), (".keras",),
@@ -5238,18 +5249,22 @@ def run_jobs(jobs: Sequence[Job], study: Study, cfg: Config) -> None:
     A worker that dies (no memory left, machine gone) takes no result along: what is not on disk is
     trained again. An error of the training itself is raised at once.
     """
-    if cfg.cmi_workers <= 1 or len(jobs) <= 1:
+    if not jobs:
+        return
+    member = MEMBERS[jobs[0].member]
+    at_once = min(max(cfg.cmi_workers, member.side_by_side(jobs[0], cfg)), len(jobs))
+    if at_once == 1:
         for job in jobs:
             run_job(job, study, cfg)
         return
-    MEMBERS[jobs[0].member].prepare(study.inputs, jobs[0].mode)  # once, before it is handed out
+    member.prepare(study.inputs, jobs[0].mode)  # once, before it is handed out
     for job in jobs:
         job.note.unlink(missing_ok=True)  # from here on, a note is of this run
     todo = list(jobs)
     for _ in range(LOST_WORKERS):
         backend, death = cluster(study, cfg)
         try:
-            run_side_by_side(todo, study, cfg, backend)
+            run_side_by_side(todo, study, cfg, backend, at_once)
         except death as error:
             log("warning", lost_worker=type(error).__name__, says=str(error).split("\n")[0])
         todo = [job for job in jobs if not job.note.exists()]
@@ -5263,13 +5278,13 @@ def run_jobs(jobs: Sequence[Job], study: Study, cfg: Config) -> None:
 
 
 def run_side_by_side(
-    jobs: Sequence[Job], study: Study, cfg: Config, backend: Mapping[str, Any]
+    jobs: Sequence[Job], study: Study, cfg: Config, backend: Mapping[str, Any], at_once: int
 ) -> None:
     """Hand the jobs to joblib's workers, wherever they are."""
     import joblib
 
     born = time.time() - (time.monotonic() - STARTED)  # by the clock that machines share
-    with joblib.parallel_config(**backend, n_jobs=cfg.cmi_workers):
+    with joblib.parallel_config(**backend, n_jobs=at_once):
         joblib.Parallel()(joblib.delayed(run_job_away)(job, study, cfg, born) for job in jobs)
 
 
@@ -6242,7 +6257,7 @@ def start(env: Mapping[str, str], arguments: Sequence[str]) -> str | None:
 
 
 if __name__ == "__main__":
-    if "CMI_WORKERS" in os.environ and "__file__" in globals():
+    if "__file__" in globals():
         start = importlib.import_module(Path(__file__).stem).start  # workers find classes by name
     mistake = start(os.environ, sys.argv[1:])
     if mistake:  # a notebook shows any exit as an error, a good one too

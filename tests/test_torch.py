@@ -721,13 +721,14 @@ def cards(monkeypatch):
     return pretend
 
 
-def test_one_job_a_card(cards):
+def test_one_job_a_card(cards, tmp_path):
+    job = job_in(tmp_path, range(600), range(600, 640))
     cards(True, True)
     names = [str(cmi.device_for(i, config())) for i in range(4)]
     assert names == ["cuda:0", "cuda:1", "cuda:0", "cuda:1"]
-    assert cmi.torch_side_by_side(config()) == 2
+    assert cmi.torch_side_by_side(job, config()) == 2
     assert str(cmi.device_for(1, config(torch_data_parallel=True))) == "cuda:0"
-    assert cmi.torch_side_by_side(config(torch_data_parallel=True)) == 1
+    assert cmi.torch_side_by_side(job, config(torch_data_parallel=True)) == 1
     cards(False, True)
     assert [str(cmi.device_for(i, config())) for i in range(2)] == ["cuda:1", "cuda:1"]
     cards(False)
@@ -887,3 +888,12 @@ def test_frames_mapped_from_disk_are_as_good(bundle, tmp_path):
     np.testing.assert_array_equal(
         cmi.predict_torch(model, mapped), cmi.predict_torch(model, frames)
     )
+
+
+def test_without_a_card_one_job_a_core_unless_it_is_done_at_once(cards, tmp_path, monkeypatch):
+    cards()
+    monkeypatch.setattr(cmi.os, "sched_getaffinity", lambda _: range(6))
+    large, small = (job_in(tmp_path, range(n), range(n, n + 9)) for n in (600, 100))
+    assert cmi.torch_side_by_side(large, config(torch_threads=1)) == 6
+    assert cmi.torch_side_by_side(large, config(torch_threads=4)) == 1
+    assert cmi.torch_side_by_side(small, config(torch_threads=1)) == 1
