@@ -8,6 +8,7 @@ text runs as a script, a notebook or a module:
     PLAN_ONLY=1 python cmi_pipeline.py           # stop after the plan
     CMI_DATA_DIR=… python cmi_pipeline.py        # the real files instead of a simulation
     python cmi_pipeline.py --help                # every setting, its default and today's value
+    python cmi_pipeline.py --help-features       # every feature, its unit and meaning
 
 Sections
      1 Configuration
@@ -880,11 +881,19 @@ def cached_recordings(folder: Path, cfg: Config) -> tuple[Recordings, str]:
             rec = load_recordings(cache)
             mark = digest(*flat_arrays(rec).values())
             if mark == read_json(meta)["digest"]:
+                log(
+                    "plan",
+                    what="recordings",
+                    action="reuse",
+                    why="train.csv is as it was",
+                    path=cache,
+                )
                 return rec, mark
             why = "its arrays are not those that were written"
         except (OSError, LookupError, TypeError, ValueError, AssertionError) as error:
             why = str(error)
         log("warning", cache=cache, why=f"{why:.200}", instead="read again")
+    log("plan", what="recordings", action="build", why="no cache of this train.csv", path=cache)
     rec = read_train(folder)
     for old in cache.parent.glob("recordings-*"):
         shutil.rmtree(old)
@@ -2380,6 +2389,12 @@ def meaning(name: str) -> str:
 def feature_help() -> list[tuple[str, str, str]]:
     """Name, unit and meaning of every column."""
     return [(n, unit, meaning(n)) for family in FEATURES for n, unit in family.columns.items()]
+
+
+def print_feature_help(cfg: Config) -> None:
+    """Every column of the table: name, unit, meaning."""
+    for name, unit, text in feature_help():
+        print(f"{name:<28} {unit:<14} {text}")  # noqa: T201
 
 
 # %% [markdown]
@@ -5206,12 +5221,20 @@ def last_secs(folder: Path) -> float:
     return sum(notes) if notes else float("nan")
 
 
-def print_plan(plan: Sequence[Step]) -> None:
+def print_plan(plan: Sequence[Step], cfg: Config) -> None:
     """The plan, a line each."""
     for s in plan:
         models = f"{len(s.jobs) - len(s.todo)}/{len(s.jobs)}" if s.action != "skip" else "0"
         log("plan", member=f"{s.member:<6}", mode=s.mode, action=f"{s.action:<6}", models=models,
             why=s.why, path=s.folder, last_secs=s.secs)  # fmt: skip
+    weights = cfg.out / "ensemble" / "weights.json"
+    log(
+        "plan",
+        what="ensemble",
+        action="build",
+        why="weights follow the out-of-fold rows",
+        path=weights,
+    )
 
 
 # %% [markdown]
@@ -6163,7 +6186,7 @@ def train_all(cfg: Config) -> None:
     """Plan, train or reuse, fill the out-of-fold rows, find the weights, print the result table."""
     study = make_study(cfg)
     plan = make_plan(study, cfg)
-    print_plan(plan)
+    print_plan(plan, cfg)
     if cfg.plan_only:
         return
     if all(step.action == "skip" for step in plan):
@@ -6207,11 +6230,14 @@ def print_results(
         line(name, {m: figures[m][key] for m in MODES}, total)
 
 
+HELP = {"--help": print_help, "--help-features": print_feature_help}
+
+
 def main(env: Mapping[str, str], arguments: Sequence[str] = ()) -> None:
     """The whole road, or what of it the settings ask for."""
     cfg = Config.from_env(env)
-    if "--help" in arguments:
-        print_help(cfg)
+    for word in set(arguments) & set(HELP):
+        HELP[word](cfg)
         return
     if cfg.dl_num_workers:
         log("note", DL_NUM_WORKERS=cfg.dl_num_workers, effect="none: batches need no workers")

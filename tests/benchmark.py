@@ -7,6 +7,7 @@ Times are medians on whatever machine this is; compare the ratios. Scores are of
 """
 
 import argparse
+import collections
 import importlib
 import json
 import os
@@ -145,16 +146,8 @@ def fold_scores(
 ) -> tuple[float, float]:
     """Out-of-fold score and seconds of LightGBM on a table."""
     began = time.perf_counter()
-    answer = np.empty(len(study.fold), np.int64)
-    for job in study.jobs("lgbm", mode, cfg):
-        job.folder.mkdir(parents=True, exist_ok=True)
-        cmi.fit_lgbm(job, table, study.labels, cfg)
-        model = cmi.load_lgbm(job.folder, [job.stem], study.labels.table, cfg)
-        proba = cmi.gesture_proba(
-            cmi.predict_lgbm(model, table.take(job.valid))[0], study.labels.table
-        )
-        answer[job.valid] = proba.argmax(axis=1)
-    return cmi.score(study.labels.gesture, answer), time.perf_counter() - began
+    reached = taught_and_asked(study, table, table, cfg, mode)
+    return reached, time.perf_counter() - began
 
 
 def plain_table(rec: cmi.Recordings) -> cmi.Table:
@@ -255,10 +248,93 @@ def fresh_score(study: cmi.Study, cfg: cmi.Config) -> float:
         inner = cmi.dataclasses.replace(job, valid=watch)
         job.folder.mkdir(parents=True, exist_ok=True)
         cmi.fit_lgbm(inner, table, study.labels, cfg)
-        model = cmi.load_lgbm(job.folder, [job.stem], study.labels.table, cfg)
-        proba = cmi.gesture_proba(cmi.predict_lgbm(model, table.take(judge))[0], study.labels.table)
-        scores.append(cmi.score(study.labels.gesture[judge], proba.argmax(axis=1)))
+        scores.append(
+            cmi.score(study.labels.gesture[judge], answers(job, table.take(judge), study, cfg))
+        )
     return float(np.mean(scores))
+
+
+def rotation() -> list[Row]:
+    """LightGBM, IMU: recordings without rotation, by members as they are, by ones whose training
+    recordings lost theirs in part, and by ones that never saw any."""
+    reached = collections.defaultdict[str, list[float]](list)
+    for seed in (1, 2):
+        cfg = cmi.Config(
+            output_path=CACHE / f"rotation-{seed}",
+            seed=seed,
+            n_folds=4,
+            lgbm_rounds=300,
+            lgbm_lr=0.05,
+        )
+        study = study_of(24, 51, cfg, seed)
+        rec = study.inputs.rec
+        blind = cmi.dataclasses.replace(rec, rot=np.full_like(rec.rot, np.nan))
+        whole, without = (cmi.feature_table(r).of_mode("imu") for r in (rec, blind))
+        for name, share in (
+            ("as they are", 0.0),
+            ("15 % lost theirs", 0.15),
+            ("never saw any", 1.0),
+        ):
+            lost = np.random.default_rng(seed).random(len(rec)) < share
+            mixed = cmi.dataclasses.replace(whole, x=np.where(lost[:, None], without.x, whole.x))
+            for asked, judged in (("without", without), ("with", whole)):
+                if share < 1 or asked == "without":
+                    score = taught_and_asked(study, mixed, judged, cfg)
+                    reached[f"members {name}, asked {asked} rotation"].append(score)
+    return [(what, float(np.mean(values)), "") for what, values in reached.items()]
+
+
+def taught_and_asked(
+    study: cmi.Study, taught: cmi.Table, asked: cmi.Table, cfg: cmi.Config, mode: str = "imu"
+) -> float:
+    """Out-of-fold score of LightGBM that learns from one table and answers from another."""
+    answer = np.empty(len(study.fold), np.int64)
+    for job in study.jobs("lgbm", mode, cfg):
+        job.folder.mkdir(parents=True, exist_ok=True)
+        cmi.fit_lgbm(job, taught, study.labels, cfg)
+        answer[job.valid] = answers(job, asked.take(job.valid), study, cfg)
+    return cmi.score(study.labels.gesture, answer)
+
+
+def answers(job: cmi.Job, table: cmi.Table, study: cmi.Study, cfg: cmi.Config) -> cmi.I64:
+    """Gestures by the model of one job. → (N)"""
+    model = cmi.load_lgbm(job.folder, [job.stem], study.labels.table, cfg)
+    proba = cmi.gesture_proba(cmi.predict_lgbm(model, table)[0], study.labels.table)
+    return proba.argmax(axis=1)
+
+
+def wearer() -> list[Row]:
+    """The detector of devices worn upside down, on subjects left out of its training, and what
+    turning them back gains in score (LightGBM, all sensors, on the wearers that were turned)."""
+    found: dict[str, list[float]] = collections.defaultdict(list)
+    for seed in (1, 2, 3):
+        cfg = cmi.Config(
+            output_path=CACHE / f"wearer-{seed}", seed=seed, n_folds=4, lgbm_rounds=150, lgbm_lr=0.1
+        )
+        study = study_of(24, 51, cfg, seed)
+        rec, names = study.inputs.rec, np.unique(study.inputs.rec.subject)
+        fold, right = study.fold, np.zeros(len(study.fold), bool)
+        early = np.zeros(
+            len(names), bool
+        )  # is a subject told right from its first three recordings?
+        odd = cmi.odd_features(rec)
+        for k in range(cfg.n_folds):
+            model = cmi.fit_wearer(odd[fold != k])
+            right[fold == k] = odd[fold == k] @ model["coefficients"] > 0
+        prior = float(np.log(len(names) + 1))
+        for i, name in enumerate(names):
+            own = np.flatnonzero(rec.subject == name)[:3]
+            model = cmi.fit_wearer(odd[fold != fold[own[0]]])
+            early[i] = (odd[own] @ model["coefficients"]).sum() > prior
+        found["recordings told right, alone"].append(right.mean())
+        found["turned subjects found after three recordings"].append(early.mean())
+        turned = cmi.turned_back(rec, np.ones(len(rec), bool))  # everybody the wrong way round
+        whole, wrong = cmi.feature_table(rec), cmi.feature_table(turned)
+        found["score, right way round"].append(taught_and_asked(study, whole, whole, cfg, "all"))
+        found["score, upside down and not noticed"].append(
+            taught_and_asked(study, whole, wrong, cfg, "all")
+        )
+    return [(what, float(np.mean(values)), "") for what, values in found.items()]
 
 
 def serving() -> list[Row]:
@@ -283,7 +359,7 @@ def serving() -> list[Row]:
 
 
 PARTS: dict[str, Callable[[], list[Row]]] = {
-    f.__name__: f for f in (start, search, boosting, baseline, stopping, serving)
+    f.__name__: f for f in (start, search, boosting, baseline, stopping, rotation, wearer, serving)
 }
 OWN_FILES = ("features", "torch", "keras")  # tests/benchmark_<name>.py print their own tables
 

@@ -193,6 +193,13 @@ def test_names_are_unique_and_explained(whole):
     assert units["omega_energy_gesture"] == "log10 rad²/s²"
 
 
+def test_help_lists_every_feature(capsys):
+    cmi.main({}, ["--help-features"])
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed] == list(cmi.table_columns()[0])
+    assert "°C/row" in next(line for line in printed if line.startswith("thm_2_slope "))
+
+
 @pytest.mark.parametrize("i", range(16))
 def test_alone_is_the_same_as_together(patchy, i):
     together, own = everything(patchy), everything(alone(patchy, i))
