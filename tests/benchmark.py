@@ -314,9 +314,7 @@ def wearer() -> list[Row]:
         study = study_of(24, 51, cfg, seed)
         rec, names = study.inputs.rec, np.unique(study.inputs.rec.subject)
         fold, right = study.fold, np.zeros(len(study.fold), bool)
-        early = np.zeros(
-            len(names), bool
-        )  # is a subject told right from its first three recordings?
+        evidence = np.zeros(len(names))  # of three recordings, that the device is the right way up
         odd = cmi.odd_features(rec)
         for k in range(cfg.n_folds):
             model = cmi.fit_wearer(odd[fold != k])
@@ -325,9 +323,12 @@ def wearer() -> list[Row]:
         for i, name in enumerate(names):
             own = np.flatnonzero(rec.subject == name)[:3]
             model = cmi.fit_wearer(odd[fold != fold[own[0]]])
-            early[i] = (odd[own] @ model["coefficients"]).sum() > prior
+            evidence[i] = (odd[own] @ model["coefficients"]).sum()
         found["recordings told right, alone"].append(right.mean())
-        found["turned subjects found after three recordings"].append(early.mean())
+        recall, alarm = (evidence > prior).mean(), (evidence < -prior).mean()  # antisymmetric
+        found["recall of turned subjects after three recordings"].append(recall)
+        found["upright subjects taken for turned by then"].append(alarm)
+        found["precision, if 2 of 81 are turned"].append(2 * recall / (2 * recall + 79 * alarm))
         turned = cmi.turned_back(rec, np.ones(len(rec), bool))  # everybody the wrong way round
         whole, wrong = cmi.feature_table(rec), cmi.feature_table(turned)
         found["score, right way round"].append(taught_and_asked(study, whole, whole, cfg, "all"))
