@@ -1,0 +1,153 @@
+"""Pack the models of a finished run as a Kaggle dataset, ready to be uploaded and attached.
+
+    python make_kaggle_dataset.py cmi_output cmi_dataset --slug USER/cmi-bundles --title "CMI bundles"
+
+Copies what serving and the next plan need (the models that bundle.json names, the ensemble weights,
+folds.csv), adds dataset-metadata.json and prints the command that uploads the folder. A bundle that
+is incomplete, or was changed after training, is refused: on Kaggle nobody would be there to see it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+
+import cmi_pipeline as cmi
+
+METADATA = "dataset-metadata.json"
+LENGTH = range(6, 51)  # of a title and of a slug's second half, as the kaggle command demands
+
+
+def checked_metadata(slug: str, title: str) -> dict[str, object]:
+    """Content of dataset-metadata.json; a slug or title that Kaggle would refuse is an error."""
+    if not re.fullmatch(r"[A-Za-z0-9-]+/[a-z0-9]+(-[a-z0-9]+)*", slug):
+        raise ValueError(
+            f"--slug {slug}: write user/name; the name in a-z, 0-9 and single hyphens."
+        )
+    name = slug.split("/")[1]
+    for what, text in (("the name in --slug", name), ("--title", title)):
+        if len(text) not in LENGTH:
+            raise ValueError(f"{what} has {len(text)} characters, Kaggle takes 6 to 50: {text!r}.")
+    return {"title": title, "id": slug, "licenses": [{"name": "MIT"}]}
+
+
+def files_to_pack(out: Path) -> list[Path]:
+    """Paths, relative to `out`, of a whole and unchanged run; else an error that says what is wrong."""
+    weights, folds = out / "ensemble" / "weights.json", out / "folds.csv"
+    for needed in (folds, weights):
+        if not needed.is_file():
+            raise ValueError(f"{needed} does not exist. Name the OUTPUT_PATH of a finished run.")
+    n_folds = pl.read_csv(folds)["fold"].n_unique()
+    files, marks = [folds, weights], {}
+    for folder in sorted(p.parent for p in out.glob("*_models/bundle.json")):
+        usable = cmi.usable_models(folder)  # logs which file is damaged
+        for mode in cmi.MODES:
+            if mode not in usable:
+                raise ValueError(
+                    f"{folder / mode} is damaged or incomplete. Run the pipeline again."
+                )
+            _, stems, _ = usable[mode]
+            if len({stem.split("_")[0] for stem in stems}) != n_folds:
+                raise ValueError(f"{folder / mode} has not the {n_folds} folds of folds.csv.")
+            marks[f"{folder.name.removesuffix('_models')}/{mode}"] = cmi.bundle_mark(
+                *usable[mode][:2]
+            )
+            files += [path for stem in stems for path in model_files(folder / mode, stem)]
+        files.append(folder / "bundle.json")
+    wanted = cmi.read_json(weights)["marks"]
+    other = [part for part in wanted if marks.get(part) != wanted[part]]
+    if other or not marks:
+        raise ValueError(
+            f"{weights} was found with other models than lie in {out}: {', '.join(other) or 'none'}. "
+            f"Run the pipeline again; models reused from a bundle elsewhere must be copied here first."
+        )
+    return [path.relative_to(out) for path in files]
+
+
+def model_files(folder: Path, stem: str) -> list[Path]:
+    """The note of a model and the files whose digests it holds."""
+    note = folder / f"{stem}.json"
+    return [note, *(folder / f"{stem}{end}" for end in cmi.read_json(note)["files"])]
+
+
+def check_target(target: Path, slug: object) -> None:
+    """Only an empty folder, or an earlier package of the same dataset, may be replaced."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    metadata = target / METADATA
+    if not (metadata.is_file() and cmi.read_json(metadata).get("id") == slug):
+        raise ValueError(f"{target} exists and is no earlier package of {slug}. Name a new folder.")
+    known = {METADATA, "folds.csv", "ensemble", *(f"{m}_models" for m in cmi.MEMBERS)}
+    strange = sorted(p.name for p in target.iterdir() if p.name not in known)
+    if strange:
+        raise ValueError(f"{target} holds {strange[0]}, which was not packed here. Move it away.")
+
+
+def pack(out: Path, target: Path, metadata: dict[str, object]) -> int:
+    """Write the dataset folder: absent, or as before, or complete. → bytes"""
+    check_target(target, metadata["id"])
+    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
+    former = target.with_name(f".{target.name}.{os.getpid()}.former")
+    try:
+        for path in files_to_pack(out):
+            (partial / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(out / path, partial / path)
+        for folder in partial.glob("*_models"):
+            if set(cmi.usable_models(folder)) != set(cmi.MODES):
+                raise ValueError(f"{folder.name} changed while it was copied. Pack it again.")
+        cmi.write_json(partial / METADATA, metadata)
+        if target.exists():
+            target.rename(former)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if former.exists() and not target.exists():
+            former.rename(target)
+        shutil.rmtree(former, ignore_errors=True)
+    return sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Read the arguments, pack, say what comes next."""
+    about = __doc__ or ""
+    parser = argparse.ArgumentParser(
+        description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output", type=Path, help="OUTPUT_PATH of a finished run")
+    parser.add_argument("dataset", type=Path, help="the folder to be written")
+    parser.add_argument("--slug", required=True, help="user/name of the dataset on Kaggle")
+    parser.add_argument("--title", help="6 to 50 characters; made of the name if left out")
+    asked = parser.parse_args(arguments)
+    name = asked.slug.partition("/")[2]
+    title = asked.title if asked.title is not None else name.replace("-", " ").capitalize()
+    target = asked.dataset.absolute()
+    try:
+        metadata = checked_metadata(asked.slug, title)
+        if not asked.output.is_dir():
+            raise ValueError(
+                f"{asked.output} does not exist. Name the OUTPUT_PATH of a finished run."
+            )
+        with cmi.only_run(asked.output):
+            size = pack(asked.output.absolute(), target, metadata)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"make_kaggle_dataset: {error}")
+    cmi.log(
+        "packed", folder=target, mb=size / 2**20, **{k: json.dumps(v) for k, v in metadata.items()}
+    )
+    flags = f"-p {shlex.quote(str(target))} --dir-mode zip --keep-tabular"
+    cmi.log("upload", first=f"kaggle datasets create {flags}")
+    cmi.log("upload", again=f"kaggle datasets version {flags} -m 'trained again'")
+    cmi.log("attach", in_kernel_metadata=json.dumps({"dataset_sources": [asked.slug]}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
