@@ -148,7 +148,10 @@ def test_two_processes_give_the_same_bytes(alone: tuple[Path, Path], tmp_path: P
 
 @pytest.mark.parametrize(
     ("member", "begun"),
-    [("lgbm", r"\] fit .*lgbm/imu/fold01"), ("torch", r"\] torch .*torch/all/fold00")],
+    [
+        ("lgbm", r"\] fit .*lgbm/imu/fold01"),
+        pytest.param("torch", r"\] torch .*torch/all/fold00", marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_process_is_replaced(
     alone: tuple[Path, Path], tmp_path: Path, member: str, begun: str
