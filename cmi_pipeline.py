@@ -3615,7 +3615,7 @@ def new_training(job: Job, spec: NetSpec, frames: Frames, cfg: Config) -> Traini
     """An untrained network and all that goes with it."""
     import torch
 
-    device = device_for(job.fold + job.seed, cfg)
+    device = device_for(job.seed * cfg.n_folds + job.fold, cfg)
     half = half_precision(device, cfg)
     with torch.random.fork_rng(devices=[]), weights_lock():
         torch.manual_seed(int(job.rng(cfg, "weights").integers(2**31)))

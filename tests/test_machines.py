@@ -251,6 +251,26 @@ def test_a_backend_that_is_not_installed_is_named(
         cmi.run_jobs(jobs, Study, cmi.Config(cmi_workers=2, cmi_backend=backend))  # type: ignore[arg-type]
 
 
+def test_jobs_that_start_together_take_different_cards(
+    jobs: list[cmi.Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order of their start, the jobs of three seeds go from card to card."""
+
+    class Turn(Exception):
+        pass
+
+    def take(index: int, _: cmi.Config) -> None:
+        raise Turn(index)
+
+    monkeypatch.setattr(cmi, "device_for", take)
+    turns = []
+    for job in (cmi.dataclasses.replace(j, seed=seed) for seed in range(3) for j in jobs):
+        with pytest.raises(Turn) as turn:
+            cmi.new_training(job, None, None, cmi.Config(n_folds=3))  # type: ignore[arg-type]
+        turns.append(turn.value.args[0])
+    assert turns == list(range(9))
+
+
 LOCAL_CLUSTER = """
 import sys
 from distributed import LocalCluster
