@@ -5275,7 +5275,7 @@ def run_jobs(jobs: Sequence[Job], study: Study, cfg: Config) -> None:
     if not jobs:
         return
     member = MEMBERS[jobs[0].member]
-    at_once = min(max(cfg.cmi_workers, member.side_by_side(jobs[0], cfg)), len(jobs))
+    at_once = jobs_at_once(jobs, cfg)
     if at_once == 1:
         for job in jobs:
             run_job(job, study, cfg)
@@ -5298,6 +5298,13 @@ def run_jobs(jobs: Sequence[Job], study: Study, cfg: Config) -> None:
         f"{len(todo)} of {len(jobs)} jobs lost their worker {LOST_WORKERS} times, {todo[0].name} first. "
         f"If it ran out of memory, lower CMI_WORKERS; if it is another machine, it must see {cfg.out}."
     )
+
+
+def jobs_at_once(jobs: Sequence[Job], cfg: Config) -> int:
+    """CMI_WORKERS, or what the cards and cores of this machine call for; a cluster has its own."""
+    here = cfg.cmi_backend in ("loky", "threading")
+    fitting = MEMBERS[jobs[0].member].side_by_side(jobs[0], cfg) if here else 1
+    return min(max(cfg.cmi_workers, fitting), len(jobs))
 
 
 def run_side_by_side(

@@ -240,6 +240,28 @@ def test_an_error_of_the_training_is_raised_at_once(
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize(
+    ("backend", "expected"), [("loky", 3), ("threading", 3), ("dask", 2), ("ray", 2)]
+)
+def test_only_cmi_workers_says_how_large_a_cluster_is(
+    jobs: list[cmi.Job], monkeypatch: pytest.MonkeyPatch, backend: str, expected: int
+) -> None:
+    """Ray would wait for ever for more workers than it was started with."""
+    asked = []
+
+    def side_by_side(jobs: list[cmi.Job], *others: Any) -> None:
+        asked.append(others[-1])
+        for job in jobs:
+            cmi.write_json(job.note, "fresh")
+
+    monkeypatch.setattr(cmi, "cluster", lambda *_: ({}, ()))
+    monkeypatch.setattr(cmi, "run_side_by_side", side_by_side)
+    cards = cmi.dataclasses.replace(cmi.MEMBERS["lgbm"], side_by_side=lambda *_: 16)
+    monkeypatch.setitem(cmi.MEMBERS, "lgbm", cards)
+    cmi.run_jobs(jobs, Study, cmi.Config(cmi_workers=2, cmi_backend=backend))  # type: ignore[arg-type]
+    assert asked == [expected]
+
+
 @pytest.mark.parametrize(("backend", "package"), [("dask", "distributed"), ("ray", "ray")])
 def test_a_backend_that_is_not_installed_is_named(
     jobs: list[cmi.Job], monkeypatch: pytest.MonkeyPatch, backend: str, package: str
