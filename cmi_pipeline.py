@@ -546,6 +546,8 @@ BEHAVIORS = (  # in the order in which they follow each other; a recording start
 )
 PHASES = ("Transition", "Gesture")
 MODES = ("all", "imu")  # every sensor; ToF and THM never seen
+BLIND = "norot"  # as if no recording had a rotation: for the few that come without
+ROUTES = (*MODES, BLIND)
 
 
 def score(truth: npt.ArrayLike, predicted: npt.ArrayLike) -> float:
@@ -2607,7 +2609,10 @@ def fit_lgbm(job: Job, table: Table, labels: Labels, cfg: Config) -> dict[str, A
 
     kept = top_features(job, table, cfg)
     names = [table.names[i] for i in kept]
-    drop_thm, drop_tof = dropped_modalities(len(job.train), job.rng(cfg, "dropout"), cfg)
+    share = cfg.modality_dropout_prob
+    if job.mode == BLIND and share:  # no other models answer these recordings without ToF
+        share = max(share, 0.5)
+    drop_thm, drop_tof = dropped_modalities(len(job.train), job.rng(cfg, "dropout"), share)
     x = table.take(job.train).without(drop_thm, drop_tof).x[:, kept]
     seed = int(job.rng(cfg).integers(2**31))
     for side, n_classes in SIDES.items():
@@ -2669,9 +2674,9 @@ def balanced_weights(target: I64) -> F64:
     return len(target) / ((count > 0).sum() * count[target])
 
 
-def dropped_modalities(n: int, rng: np.random.Generator, cfg: Config) -> tuple[Bool, Bool]:
-    """Which of n recordings lose THM and which lose ToF: a third of them one, the other, or both."""
-    kind = np.where(rng.random(n) < cfg.modality_dropout_prob, rng.integers(1, 4, n), 0)
+def dropped_modalities(n: int, rng: np.random.Generator, share: float) -> tuple[Bool, Bool]:
+    """Which of n recordings lose THM and which lose ToF: of a `share` a third one, the other, both."""
+    kind = np.where(rng.random(n) < share, rng.integers(1, 4, n), 0)
     return (kind & 1) > 0, (kind & 2) > 0
 
 
@@ -3391,7 +3396,7 @@ def augmented_draw(
     d.turn = np.where(
         chosen(cfg.torch_rotate_prob)[:, None], rng.normal(0, TURN, (n, 3)), 0
     ).astype(np.float32)
-    lose_thm, lose_tof = dropped_modalities(n, rng, cfg)
+    lose_thm, lose_tof = dropped_modalities(n, rng, cfg.modality_dropout_prob)
     d.blind = lose_tof
     d.lost = np.outer(lose_thm, store.thm) | np.outer(lose_tof, store.near)
     d.lost |= chosen(cfg.torch_channel_mask_prob)[:, None] & (rng.random(d.lost.shape) < LOSS)
@@ -4468,7 +4473,8 @@ def keras_batches(run: KerasRun, steps: range) -> Any:
         len(labels.table), seed, *tensors,
     )  # fmt: skip
     numbers_of_steps = tf.data.Dataset.range(steps.start, steps.stop)
-    return numbers_of_steps.map(make, num_parallel_calls=cfg.threads).prefetch(2)
+    as_it_is = tf.autograph.experimental.do_not_convert(make.__call__)  # reads no source
+    return numbers_of_steps.map(as_it_is, num_parallel_calls=cfg.threads).prefetch(2)
 
 
 def padded_rows(frames: Frames, which: I64, rows: int) -> F32:
@@ -4553,7 +4559,7 @@ def keras_trainer(
     model.compile(optimizer)
     entropy = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=smoothing)
 
-    @functools.partial(tf.function, jit_compile=jit, reduce_retracing=True)
+    @functools.partial(tf.function, jit_compile=jit, reduce_retracing=True, autograph=False)
     def step(batch: Any, targets: Any, weight: Any) -> Any:
         with tf.GradientTape() as tape:
             logits = model(batch, training=True)
@@ -4582,7 +4588,7 @@ def keras_graph(spec: KerasSpec, jit: bool) -> tuple[Any, Any]:
     held = [tf.TensorSpec(v.shape, v.dtype) for v in values]
     signature = [held, tf.TensorSpec(network.input.shape)]
 
-    @functools.partial(tf.function, input_signature=signature, jit_compile=jit)
+    @functools.partial(tf.function, input_signature=signature, jit_compile=jit, autograph=False)
     def answer(values: list[Any], rows: Any) -> Any:  # (B, T, C) → (B, L)
         return network.stateless_call(values[:n], values[n:], rows, training=False)[0]
 
@@ -4604,7 +4610,7 @@ def compiled(spec: KerasSpec, networks: Sequence[list[Any]], jit: bool) -> Calla
     network, answer = keras_graph(spec, jit)
     shape = tf.TensorSpec(network.input.shape, tf.float32)
 
-    @functools.partial(tf.function, input_signature=[shape], jit_compile=jit)
+    @functools.partial(tf.function, input_signature=[shape], jit_compile=jit, autograph=False)
     def ask(rows: Any) -> Any:
         return tf.stack([answer(values, rows) for values in networks])
 
@@ -4978,6 +4984,12 @@ class Inputs:
         return feature_table(self.rec, told=self.progress("features"))
 
     @functools.cached_property
+    def blind(self) -> Inputs:
+        """The same recordings, as if none had a rotation."""
+        rot = np.full_like(self.rec.rot, np.nan)
+        return Inputs(dataclasses.replace(self.rec, rot=rot), self.cfg)
+
+    @functools.cached_property
     def frames(self) -> Frames:
         frames = make_frames(self.rec, told=self.progress("frames"))
         if self.cfg is None:
@@ -4991,7 +5003,7 @@ class Inputs:
 
 
 def table_of(inputs: Inputs, mode: str) -> Table:
-    return inputs.table.of_mode(mode)
+    return inputs.blind.table if mode == BLIND else inputs.table.of_mode(mode)
 
 
 def frames_of(inputs: Inputs, mode: str) -> Frames:
@@ -5021,6 +5033,7 @@ class Member:
     load: Callable[[Path, Sequence[str], I64, Config], Any]  # folder, stems, label table
     predict: Callable[[Any, Any], F32]  # → (stems, N, L)
     default_weight: float  # in the blend, when there are no out-of-fold rows
+    modes: tuple[str, ...] = MODES
     resumable: Callable[[Job, Config], str | None] = nothing_to_resume  # "resumable …", or why not
     side_by_side: Callable[[Job, Config], int] = one_by_one  # jobs that should run at once
     summarise: Callable[[Mapping[str, Path], Path], None] = nothing_to_summarise
@@ -5029,15 +5042,15 @@ class Member:
 MEMBERS = {
     "lgbm": Member(
         ("lightgbm",), (".txt", "_orientation.txt", "_behavior.txt"),
-        table_of, fit_lgbm, load_lgbm, predict_lgbm, 0.20, summarise=summarise_lgbm,
+        table_of, fit_lgbm, load_lgbm, predict_lgbm, 0.20, ROUTES, summarise=summarise_lgbm,
     ),
     "torch": Member(
-        ("torch",), (".pt",), frames_of, fit_torch, load_torch, predict_torch, 0.45, torch_resumable,
-        torch_side_by_side,
+        ("torch",), (".pt",), frames_of, fit_torch, load_torch, predict_torch, 0.45,
+        resumable=torch_resumable, side_by_side=torch_side_by_side,
     ),
     "keras": Member(
         ("keras", "tensorflow"), (".keras",),
-        frames_of, fit_keras, load_keras, predict_keras, 0.35, keras_resumable,
+        frames_of, fit_keras, load_keras, predict_keras, 0.35, resumable=keras_resumable,
     ),
 }  # fmt: skip
 
@@ -5154,7 +5167,8 @@ class Step:
 
 def make_plan(study: Study, cfg: Config) -> list[Step]:
     """One step per member and mode."""
-    return [plan_step(member, mode, study, cfg) for member in MEMBERS for mode in MODES]
+    pairs = [(name, mode) for name, member in MEMBERS.items() for mode in member.modes]
+    return [plan_step(*pair, study, cfg) for pair in pairs]
 
 
 def plan_step(member: str, mode: str, study: Study, cfg: Config) -> Step:
@@ -5430,9 +5444,10 @@ def finish_member(member: str, steps: Sequence[Step], study: Study, cfg: Config)
 # ## 14 Blend and assignment
 #
 # Per mode: how to mix the members' out-of-fold probabilities. IMU members also join the blend of
-# the all-sensor mode. Weights found on the rows they are scored on flatter; the nested figure
-# takes each fold's weights from the other folds. Every wearer performs each composite label at
-# most once, so the labels of a subject's recordings are assigned together, anew at each arrival.
+# the all-sensor mode; recordings without rotation have a blend of their own. Weights found on the
+# rows they are scored on flatter; the nested figure takes each fold's weights from the other folds.
+# Every wearer performs each composite label at most once, so the labels of a subject's recordings
+# are assigned together, anew at each arrival.
 
 # %%
 
@@ -5722,7 +5737,7 @@ def blend_members(
 ) -> dict[str, dict[str, float]]:
     """Find and write ensemble/weights.json; the figures of each mode for the result table."""
     figures, content = {}, {}
-    for mode in MODES:
+    for mode in (route for route in ROUTES if parts_of(route, oof)):
         blend, nested, figure = blend_mode(mode, oof, study, cfg)
         replay = replay_assignment(nested, study, cfg)
         figure |= {"assigned": float(replay.mean()), "assigned_sd": float(replay.std())}
@@ -5812,7 +5827,7 @@ def usable_models(folder: Path) -> dict[str, tuple[Path, list[str], I64]]:
     usable = {}
     try:
         modes, table = (
-            {mode: bundle["modes"].get(mode, []) for mode in MODES},
+            {mode: bundle["modes"].get(mode, []) for mode in ROUTES},
             label_table(bundle["labels"]),
         )
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -5907,7 +5922,7 @@ def read_weights(path: Path) -> dict[str, Any]:
     content = read_json(path)
     try:
         blends = {mode: blend_from(content["modes"][mode]) for mode in content["modes"]}
-        if not blends or not set(blends) <= set(MODES):
+        if not blends or not set(blends) <= set(ROUTES):
             raise ValueError(f"modes {', '.join(blends)}")
         majority, marks, wearer = (content.get(k) for k in ("majority", "marks", "wearer"))
         if majority not in range(len(GESTURES)) or not isinstance(marks, dict):
@@ -5933,7 +5948,7 @@ def read_weights(path: Path) -> dict[str, Any]:
 def default_modes(parts: Sequence[str]) -> dict[str, Any]:
     """Blends of the members' default weights, for bundles without out-of-fold rows."""
     modes = {}
-    for mode in MODES:
+    for mode in ROUTES:
         own = [p for p in parts if p.endswith(f"/{mode}")]
         weight = np.array([MEMBERS[p.split("/")[0]].default_weight for p in own])
         share = (weight / weight.sum()).tolist() if own else []
@@ -6016,8 +6031,8 @@ class Predictor:
             self.answers.move_to_end(key)
             return self.answers[key]
         rec = canonical(raw, np.array([turned]))
-        mode = "imu" if (raw.tof == MISSING).mean() > 0.5 else "all"
-        blend = self.served.blends.get(mode) or next(iter(self.served.blends.values()))
+        blends = self.served.blends
+        blend = blends.get(route_of(raw, blends)) or next(iter(blends.values()))
         mixed = blend.mix(self.opinions(rec, blend), self.served.table)
         self.answers[key] = mixed
         while len(self.answers) > self.cfg.frame_cache_max_items:
@@ -6058,6 +6073,13 @@ class Predictor:
         seen = self.evidence.setdefault(str(raw.subject[0]), {})
         seen[str(raw.sequence_id[0])] = float(logit[0])
         return bool(self.served.wearer["prior"] + sum(seen.values()) < 0)
+
+
+def route_of(rec: Recordings, routes: Iterable[str]) -> str:
+    """Which blend answers a recording: by its rotation, then by how much of its ToF is missing."""
+    if BLIND in routes and np.isnan(repair_rotation(rec.rot, rec.start)).all():
+        return BLIND
+    return "imu" if (rec.tof == MISSING).mean() > 0.5 else "all"
 
 
 def inference_server(cfg: Config) -> Any:
@@ -6235,6 +6257,8 @@ def print_results(
         ("blend + assignment", "assigned"),
     ):
         line(name, {m: figures[m][key] for m in MODES}, total)
+    if BLIND in figures:
+        log("result", what="as if none had a rotation", nested=f"{figures[BLIND]['nested']:.4f}")
 
 
 HELP = {"--help": print_help, "--help-features": print_feature_help}

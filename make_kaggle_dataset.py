@@ -50,7 +50,7 @@ def files_to_pack(out: Path) -> list[Path]:
     files, marks = [folds, weights], {}
     for folder in sorted(p.parent for p in out.glob("*_models/bundle.json")):
         usable = cmi.usable_models(folder)  # logs which file is damaged
-        for mode in cmi.MODES:
+        for mode in cmi.MEMBERS[folder.name.removesuffix("_models")].modes:
             if mode not in usable:
                 raise ValueError(
                     f"{folder / mode} is damaged or incomplete. Run the pipeline again."
@@ -102,7 +102,7 @@ def pack(out: Path, target: Path, metadata: dict[str, object]) -> int:
             (partial / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(out / path, partial / path)
         for folder in partial.glob("*_models"):
-            if set(cmi.usable_models(folder)) != set(cmi.MODES):
+            if set(cmi.usable_models(folder)) != set(cmi.usable_models(out / folder.name)):
                 raise ValueError(f"{folder.name} changed while it was copied. Pack it again.")
         cmi.write_json(partial / METADATA, metadata)
         if target.exists():

@@ -72,7 +72,7 @@ def test_the_folder_holds_the_models_and_nothing_else(
     expected = {"dataset-metadata.json", "folds.csv", "ensemble/weights.json"}
     expected.add("lgbm_models/bundle.json")
     ends = (".json", ".txt", "_orientation.txt", "_behavior.txt")
-    for mode in ("all", "imu"):
+    for mode in ("all", "imu", "norot"):
         expected |= {f"lgbm_models/{mode}/fold0{k}{end}" for k in (0, 1) for end in ends}
     packed = contents(dataset)
     assert set(packed) == expected
@@ -136,7 +136,7 @@ def test_a_named_bundle_serves_with_the_packed_weights(
     for named in (dataset / "lgbm_models", dataset / "lgbm_models" / "bundle.json"):
         where = {"LGBM_BUNDLE_PATH": str(named), **QUICK}
         answered = serve_alone(dataset, trained[1], tmp_path / named.name, where)
-        assert answered == ["lgbm/all", "lgbm/imu"]
+        assert answered == ["lgbm/all", "lgbm/imu", "lgbm/norot"]
 
 
 @pytest.mark.slow
@@ -148,7 +148,8 @@ def test_all_members_are_packed_and_serve(tmp_path: Path) -> None:
     named = {f"{m.upper()}_BUNDLE_PATH": str(target / f"{m}_models") for m in members}
     data = next(out.glob("simulated-*"))
     answered = serve_alone(target, data, tmp_path / "served", named)
-    assert answered == [f"{m}/{mode}" for m in members for mode in ("all", "imu")]
+    both = [f"{m}/{mode}" for m in members for mode in ("all", "imu")]
+    assert answered == sorted([*both, "lgbm/norot"])
 
 
 def change_a_byte(out: Path) -> None:

@@ -635,8 +635,9 @@ def test_a_torn_checkpoint_is_named(tmp_path: Path, data: Data) -> None:
     job = job_in(tmp_path, data[2])
     job.scratch.mkdir(parents=True)
     cmi.keras_checkpoint(job).write_bytes(b"PK\x03\x04 torn")
+    assert cmi.keras_resumable(job, config()) == "fold00.npz is damaged"
     with pytest.raises(ValueError, match=r"fold00\.npz.*Delete it"):
-        cmi.keras_resumable(job, config())
+        cmi.read_checkpoint(job, config())
 
 
 def test_when_memory_runs_out_micro_batches_halve_and_the_step_stays(

@@ -183,14 +183,11 @@ def test_the_same_seed_gives_the_same_text(
 
 
 def test_modality_dropout_is_drawn_by_recording() -> None:
-    cfg = cmi.Config(modality_dropout_prob=0.3)
-    thm, tof = cmi.dropped_modalities(30_000, np.random.default_rng(0), cfg)
+    thm, tof = cmi.dropped_modalities(30_000, np.random.default_rng(0), 0.3)
     assert (thm | tof).mean() == pytest.approx(0.3, abs=0.01)
     for share in ((thm & ~tof).mean(), (tof & ~thm).mean(), (thm & tof).mean()):
         assert share == pytest.approx(0.1, abs=0.01)
-    none = cmi.dropped_modalities(
-        100, np.random.default_rng(0), cmi.Config(modality_dropout_prob=0.0)
-    )
+    none = cmi.dropped_modalities(100, np.random.default_rng(0), 0.0)
     assert not np.any(none)
 
 

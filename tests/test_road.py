@@ -74,7 +74,8 @@ def test_one_command_reaches_the_submission(road: tuple[Path, str]) -> None:
     check_submission(out, data / "test.csv")
     assert "CMI_DATA_DIR is not set" in printed
     plan = plan_of(printed)
-    assert set(plan) == {(member, mode) for member in cmi.MEMBERS for mode in ("all", "imu")}
+    both = {(member, mode) for member in cmi.MEMBERS for mode in ("all", "imu")}
+    assert set(plan) == both | {("lgbm", "norot")}
     assert {action for action, _ in plan.values()} == {"train"}
     for name in (
         *cmi.MEMBERS,
@@ -104,7 +105,8 @@ def test_artefacts_lie_where_the_design_says(road: tuple[Path, str]) -> None:
     out, _ = road
     for member in cmi.MEMBERS:
         bundle = json.loads((out / f"{member}_models" / "bundle.json").read_text())
-        assert bundle["modes"] == {"all": ["fold00", "fold01"], "imu": ["fold00", "fold01"]}
+        modes = {"all", "imu", "norot"} if member == "lgbm" else {"all", "imu"}
+        assert bundle["modes"] == {mode: ["fold00", "fold01"] for mode in modes}
         assert len(bundle["labels"]) > 50
         for mode in ("all", "imu"):
             assert (out / f"{member}_models" / mode / "fold01.json").is_file()
@@ -254,6 +256,27 @@ def test_served_alone_is_what_is_answered_at_once(road: tuple[Path, str]) -> Non
     predictor.served = served
     alone = [predictor.composite(cmi.to_recordings(f, p))[0] for f, p in frames]
     np.testing.assert_allclose(alone, at_once, atol=2e-5)
+
+
+def test_a_recording_without_rotation_is_answered_by_models_that_never_saw_any(
+    road: tuple[Path, str],
+) -> None:
+    cfg = cmi.Config(output_path=road[0], strict=True)
+    predictor = cmi.Predictor(cfg)
+    predictor.served = served = cmi.load_served(cfg)
+    whole, person = frames_of_test(road[0])[0]
+    blind = whole.with_columns(pl.lit(None, pl.Float64).alias(f"rot_{a}") for a in "wxyz")
+    table = cmi.feature_table(cmi.to_recordings(blind, person))
+    folder = road[0] / "lgbm_models" / "norot"
+    model = cmi.load_lgbm(folder, ["fold00", "fold01"], served.table, cfg)
+    expected = cmi.predict_lgbm(model, table).mean(axis=0)
+    answer = predictor.composite(cmi.to_recordings(blind, person))
+    np.testing.assert_allclose(answer, expected, atol=1e-5)
+    one_row = whole.with_row_index().with_columns(
+        pl.when(pl.col("index") == 3).then(f"rot_{a}").alias(f"rot_{a}") for a in "wxyz"
+    )
+    assert cmi.route_of(cmi.to_recordings(one_row, person), cmi.ROUTES) in cmi.MODES
+    assert cmi.route_of(cmi.to_recordings(blind, person), cmi.MODES) in cmi.MODES
 
 
 def test_imu_recordings_are_answered_by_imu_models(road: tuple[Path, str]) -> None:

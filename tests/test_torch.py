@@ -388,7 +388,7 @@ def test_a_dropped_modality_is_a_recording_without_the_sensor(lose, monkeypatch)
     store = cmi.Store.of(frames, spec, torch.device("cpu"))
     chosen = np.array([True, False])
     drawn = (chosen & ("thm" in lose), chosen & ("tof" in lose))
-    monkeypatch.setattr(cmi, "dropped_modalities", lambda n, rng, cfg: drawn)
+    monkeypatch.setattr(cmi, "dropped_modalities", lambda n, rng, share: drawn)
     d = cmi.augmented_draw(store, np.arange(2), 90, config(**PLAIN), np.random.default_rng(0))
     thm, tof = rec.thm.copy(), rec.tof.copy()
     thm[:40][:, [True] * 5 if "thm" in lose else [False] * 5] = np.nan
