@@ -26,7 +26,8 @@ Sections
     13 Training
     14 Blend and assignment
     15 Serving
-    16 Entry
+    16 Report
+    17 Entry
 
 Array axes, as written in every shape comment
     N recordings    R rows of all recordings, end to end    T time steps after padding
@@ -47,12 +48,14 @@ import difflib
 import errno
 import functools
 import hashlib
+import html
 import importlib
 import io
 import itertools
 import json
 import os
 import re
+import resource
 import shutil
 import sys
 import threading
@@ -406,6 +409,35 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self.bar:
             self.bar.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of the run that is over."""
+
+    name: str
+    secs: float
+    peak_mb: float  # the most memory that this process, or one of its workers, held until then
+
+
+STAGES: list[Stage] = []  # of this run, for the report
+
+
+@contextlib.contextmanager
+def stage(name: str, cfg: Config | None) -> Iterator[None]:
+    """Tell and keep how long a part of the run takes, and what memory; nothing without settings."""
+    if cfg is None:
+        yield
+        return
+    began = time.monotonic()
+    log("stage", begins=name)
+    yield
+    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    peak_mb = max(resource.getrusage(who).ru_maxrss for who in whose) / 1024  # Linux counts in KB
+    over = Stage(name, time.monotonic() - began, peak_mb)
+    STAGES.append(over)
+    log("stage", ends=name, secs=over.secs, peak_mb=round(peak_mb))
+    append_jsonl(cfg.out / "logs" / "stages.jsonl", cfg, **dataclasses.asdict(over))
 
 
 def rng_for(cfg: Config, *path: str | int) -> np.random.Generator:
@@ -4981,7 +5013,8 @@ class Inputs:
 
     @functools.cached_property
     def table(self) -> Table:
-        return feature_table(self.rec, told=self.progress("features"))
+        with stage("features", self.cfg):
+            return feature_table(self.rec, told=self.progress("features"))
 
     @functools.cached_property
     def blind(self) -> Inputs:
@@ -4991,7 +5024,8 @@ class Inputs:
 
     @functools.cached_property
     def frames(self) -> Frames:
-        frames = make_frames(self.rec, told=self.progress("frames"))
+        with stage("frames", self.cfg):
+            frames = make_frames(self.rec, told=self.progress("frames"))
         if self.cfg is None:
             return frames
         if self.cfg.frame_cache and frames.x.nbytes <= self.cfg.frame_cache_max_mb * 2**20:
@@ -5407,8 +5441,13 @@ def train_members(plan: Sequence[Step], study: Study, cfg: Config) -> dict[tuple
     for step in plan:
         if step.action == "skip":
             continue
-        run_jobs(step.todo, study, cfg)
-        proba = fill_out_of_fold(step, study, cfg)
+        part = f"{step.member}/{step.mode}"
+        MEMBERS[step.member].prepare(study.inputs, step.mode)  # features and frames are stages too
+        if step.todo:
+            with stage(f"{part} training", cfg):
+                run_jobs(step.todo, study, cfg)
+        with stage(f"{part} out of fold", cfg):
+            proba = fill_out_of_fold(step, study, cfg)
         by_gesture = gesture_proba(proba, study.labels.table)
         stem = f"oof_{step.member}_{step.mode}"
         write_array(cfg.out / "oof" / f"{stem}_proba.npy", by_gesture)
@@ -5739,6 +5778,8 @@ def blend_members(
     figures, content = {}, {}
     for mode in (route for route in ROUTES if parts_of(route, oof)):
         blend, nested, figure = blend_mode(mode, oof, study, cfg)
+        by_gesture = gesture_proba(nested, study.labels.table)
+        write_array(cfg.out / "oof" / f"oof_blend_{mode}_proba.npy", by_gesture)
         replay = replay_assignment(nested, study, cfg)
         figure |= {"assigned": float(replay.mean()), "assigned_sd": float(replay.std())}
         figures[mode] = figure
@@ -6108,7 +6149,7 @@ def serve(cfg: Config) -> Predictor:
         server.serve()
         return predictor
     folder = cfg.data_dir
-    with contextlib.chdir(cfg.out):  # the gateway writes submission.parquet where it runs
+    with stage("serving", cfg), contextlib.chdir(cfg.out):  # submission.parquet is written there
         server.run_local_gateway((str(folder / "test.csv"), str(folder / "test_demographics.csv")))
     log("served", recordings=predictor.calls, fallbacks=predictor.fallbacks.total(),
         submission=cfg.out / "submission.parquet")  # fmt: skip
@@ -6118,7 +6159,589 @@ def serve(cfg: Config) -> Predictor:
 
 
 # %% [markdown]
-# ## 16 Entry
+# ## 16 Report
+#
+# report/index.html says how good a run was, where it errs and what it cost: one file that holds all
+# it shows and loads nothing. Colours are Okabe and Ito's and cividis; plots are as wide as a phone
+# and take their ink from the page, light or dark. It is written after everything else, so that no
+# mishap in it can cost a run.
+
+
+# %%
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A line of the result table."""
+
+    name: str
+    scores: dict[str, float]  # by mode
+    secs: float
+    sd: Mapping[str, float] = dataclasses.field(default_factory=dict)  # by mode, over orders
+
+    @property
+    def mixed(self) -> float:
+        return float(np.mean([self.scores[m] for m in MODES]))
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """A training run as the report sees it: what it is handed, and what it reads from the files."""
+
+    rec: Recordings  # canonical
+    labels: Labels
+    results: list[Result]
+    cfg: Config
+
+    @functools.cached_property
+    def modes(self) -> dict[str, Any]:
+        """Blend by mode, as in ensemble/weights.json."""
+        return dict(read_json(self.cfg.out / "ensemble" / "weights.json")["modes"])
+
+    @functools.cached_property
+    def members(self) -> list[str]:
+        return list(dict.fromkeys(part.split("/")[0] for part in self.modes["all"]["parts"]))
+
+    @functools.cached_property
+    def proba(self) -> dict[str, F32]:
+        """Out-of-fold gesture probabilities of "blend/all" (nested), "lgbm/imu", … (N, K) each"""
+        parts = [f"blend/{m}" for m in MODES] + self.modes["all"]["parts"]
+        stem = {part: part.replace("/", "_") for part in parts}
+        files = {part: self.cfg.out / "oof" / f"oof_{stem[part]}_proba.npy" for part in parts}
+        return {part: np.load(path, allow_pickle=False) for part, path in files.items()}
+
+    def counts(self, mode: str) -> I64:
+        """Recordings by true gesture and answer of the nested blend. → (K, K)"""
+        counts = np.zeros((len(GESTURES), len(GESTURES)), np.int64)
+        np.add.at(counts, (self.labels.gesture, self.proba[f"blend/{mode}"].argmax(axis=1)), 1)
+        return counts
+
+
+# F1 of the targets and of the rest on the real data: one run of a gold-medal team, which scored
+# .855 with all sensors and .810 with the IMU alone
+GOLD_RUN = {
+    "all": (0.80, 0.66, 0.50, 0.61, 0.73, 0.83, 0.65, 0.72, 0.98),
+    "imu": (0.62, 0.53, 0.43, 0.55, 0.64, 0.78, 0.55, 0.66, 0.97),
+}
+SCORE_ANCHORS = (  # on the real data
+    ("private board, first · second · third", ".8862 · .8788 · .8783"),
+    ("private board, gold · silver · median", ".858 · .833 · .798"),
+    ("best public single notebooks, public board", ".841–.847"),
+    ("mixed cross-validation of seven teams, above their private score", ".012–.025"),
+    ("LightGBM on 108 IMU statistics, imu", ".704"),
+    ("plain 1-D CNN, imu · all", ".731 · .816"),
+    ("the same with grouped stems and SE blocks, imu · all", ".787 · .852"),
+    ("second place's single network of 5 folds, imu · all", ".832 · .891"),
+    ("the same with assignment per subject, imu · all", ".865 · .921"),
+)
+REST = len(TARGETS)  # code of any non-target among the classes of the score
+INK = "#010203"  # stands for the page's text colour in a plot
+BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"  # Okabe and Ito
+COLOURS = dict(zip(MODES, (BLUE, ORANGE), strict=True))
+TOP_FEATURES, GALLERY_MISTAKES, GALLERY_RIGHT = 40, 18, 6
+
+STYLE = """
+.report{--ink:#1b1f24;--soft:#5a6572;--line:#dce1e7;--paper:#fff;--panel:#f4f6f8;--mark:#0072b2;
+ color:var(--ink);background:var(--paper);font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+@media(prefers-color-scheme:dark){.report{--ink:#e4e8ec;--soft:#9ba6b2;--line:#343c46;--paper:#14181d;--panel:#1d232a;--mark:#56b4e9}}
+.report main{max-width:1100px;margin:0 auto;padding:28px 16px 56px;overflow-wrap:anywhere}
+.report h1{font-size:1.65rem;line-height:1.2;margin:0 0 4px;font-weight:650}
+.report h2{font-size:1.15rem;margin:0 0 2px;font-weight:650}
+.report h3{font-size:.95rem;margin:0;font-weight:600;line-height:1.35}
+.report p{margin:0 0 12px;color:var(--soft);max-width:72ch}
+.report small{color:var(--soft);font-size:.92em}
+.report section{border-top:1px solid var(--line);margin-top:32px;padding-top:20px}
+.report .notice{border-left:4px solid #e69f00;background:var(--panel);color:var(--ink);padding:8px 12px;margin:14px 0;max-width:none}
+.report .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:10px;margin-top:16px}
+.report .tiles div,.report article{background:var(--panel);border-radius:6px;padding:10px 14px;min-width:0}
+.report .tiles div,.report article p{color:var(--soft);font-size:.82rem}
+.report .tiles b{display:block;font-size:1.6rem;line-height:1.25;color:var(--ink);font-weight:600;font-variant-numeric:tabular-nums}
+.report .scroll{overflow-x:auto;margin:0 0 12px}
+.report table{border-collapse:collapse;font-size:.86rem;font-variant-numeric:tabular-nums;color:inherit}
+.report th,.report td{padding:5px 14px 5px 0;text-align:left;vertical-align:top;border-bottom:1px solid var(--line);white-space:nowrap}
+.report thead th{color:var(--soft);font-weight:500;vertical-align:bottom;white-space:normal}
+.report .n{text-align:right}
+.report .scores tr:nth-last-child(2){font-weight:650}
+.report .wide td:nth-child(2),.report .settings td:last-child{white-space:normal;min-width:170px}
+.report .bar{position:relative;display:inline-block;width:110px;height:.75em;background:var(--panel)}
+.report .bar i{position:absolute;inset:0 auto 0 0;background:var(--mark)}
+.report .bar u{position:absolute;top:-.2em;bottom:-.2em;width:3px;margin-left:-1px;background:#e69f00}
+.report .confusion th,.report .confusion td{padding:4px 5px;min-width:24px;text-align:right;border:0;font-size:.78rem}
+.report .confusion tbody th{text-align:left;font-weight:400;padding-left:0;position:sticky;left:0;background:var(--paper)}
+.report .confusion tr>:nth-child(9){border-right:2px solid var(--line)}
+.report .confusion tbody tr:nth-child(8)>*{border-bottom:2px solid var(--line)}
+.report .hit{background:rgba(0,114,178,var(--share))}
+.report .miss{background:rgba(213,94,0,var(--share))}
+.report .deep{color:#fff}
+.report .plots,.report .gallery{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,330px),1fr));gap:16px}
+.report svg{display:block;width:100%;height:auto;max-width:520px}
+.report .opinions{font-size:.8rem}
+.report details{margin-top:12px}
+.report summary{cursor:pointer;color:var(--mark);margin-bottom:8px}
+@media(max-width:560px){.report th,.report td{padding-right:8px}.report .bar{width:64px}.report .wide .bar{display:none}
+ .report .confusion tbody th{white-space:normal;min-width:112px;max-width:112px}}
+"""
+
+
+class Html(str):
+    """Text that is HTML already; all other text is escaped when it is shown."""
+
+
+def cell(value: object, tag: str = "td") -> str:
+    """One cell of a table; numbers stand to the right."""
+    if isinstance(value, Html):
+        return f"<{tag}>{value}</{tag}>"
+    if isinstance(value, (int, float)):
+        text = f"{value:,}" if isinstance(value, int) else f"{value:.3f}"
+        return f'<{tag} class="n">{"–" if value != value else text}</{tag}>'
+    return f"<{tag}>{html.escape(str(value))}</{tag}>"
+
+
+def table_html(head: Sequence[str], rows: Iterable[Sequence[object]], kind: str = "") -> Html:
+    """A table that scrolls by itself where the page is narrow; the head is aligned as its column."""
+    rows = list(rows)
+    right = [isinstance(value, (int, float)) for value in rows[0]] if rows else [False] * len(head)
+    top = "".join(
+        cell(Html(f'<div class="n">{h}</div>') if r else h, "th")
+        for h, r in zip(head, right, strict=True)
+    )
+    body = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in rows)
+    thead = f"<thead><tr>{top}</tr></thead>" if any(head) else ""
+    return Html(
+        f'<div class="scroll"><table class="{kind}">{thead}<tbody>{body}</tbody></table></div>'
+    )
+
+
+def bar_html(share: float, anchor: float | None = None) -> Html:
+    """A bar from 0 to 1, with a mark at the anchor."""
+    mark = "" if anchor is None else f'<u style="left:{100 * anchor:.1f}%"></u>'
+    return Html(f'<span class="bar"><i style="width:{100 * share:.1f}%"></i>{mark}</span>')
+
+
+def plot(draw: Callable[[Any], None], height: float) -> str:
+    """What `draw` puts on a figure as wide as a phone, as SVG inside the page; nothing without
+    matplotlib."""
+    if not package_version("matplotlib"):
+        return ""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    own = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    style = dict.fromkeys(own, INK) | {
+        "svg.fonttype": "none", "svg.hashsalt": "cmi", "font.size": 9, "axes.titlesize": 9,
+        "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6, "legend.frameon": False,
+        "axes.titlelocation": "left", "axes.grid": True, "grid.alpha": 0.25, "grid.linewidth": 0.5,
+        "legend.fontsize": 8.5, "lines.linewidth": 1.2,
+    }  # fmt: skip
+    text = io.StringIO()
+    with rc_context(style):
+        figure = Figure(figsize=(4.2, height), layout="constrained")
+        draw(figure)
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+    svg = re.sub(r"(?s)^.*?(?=<svg)|<metadata>.*?</metadata>|<!--.*?-->", "", text.getvalue())
+    svg = re.sub(r' id="[\w.]+_\d+"| xmlns(:xlink)?="[^"]*"', "", svg)
+    svg = re.sub(r"font: ([\d.]+px)[^;\"]*", r"font-size: \1", svg)  # the page's own letters
+    svg = re.sub(r"font-family: [^;\"]*;", "", svg)
+    return svg.replace(INK, "currentColor")
+
+
+# %% [markdown]
+# How good, and where it errs: all of it from out-of-fold rows.
+
+
+# %%
+def simulates(cfg: Config) -> bool:
+    """Is the data simulated? The simulator alone tells the truth of its test recordings."""
+    return (cfg.data_dir / "test_truth.csv").is_file()
+
+
+def result_part(run: Outcome) -> str:
+    def figure(value: float, sd: float = np.nan) -> Html:
+        return Html(f"{value:.4f}" + (f"<br><small>± {sd:.4f}</small>" if sd >= 0 else ""))
+
+    rows = [
+        (r.name, *(figure(v, r.sd.get(m, np.nan)) for m, v in r.scores.items()), figure(r.mixed), round(r.secs))
+        for r in run.results
+    ]  # fmt: skip
+    anchors = table_html(("", ""), SCORE_ANCHORS)
+    return (
+        table_html(("", *MODES, "mixed", "seconds"), rows, "scores")
+        + f"<details><summary>Anchors on the real data</summary>{anchors}</details>"
+    )
+
+
+def class_f1(counts: I64) -> F64:
+    """F1 of the eight targets and of all the rest as one class. (K, K) → (9); NaN: does not occur"""
+    rest = np.minimum(np.arange(len(GESTURES)), REST)
+    few = np.zeros((REST + 1, REST + 1))
+    np.add.at(few, (rest[:, None], rest), counts)
+    sides = few.sum(0) + few.sum(1)
+    return np.where(sides > 0, 2 * np.diagonal(few) / np.maximum(sides, 1), np.nan)
+
+
+def f1_part(run: Outcome) -> str:
+    own = "simulated" if simulates(run.cfg) else "real"
+    head = ["", *(h for m in MODES for h in (f"{m}, {own}", "", "anchor, real")), "recordings"]
+    rows: list[list[object]] = [[name] for name in (*TARGETS, "non-target")]
+    for mode in MODES:
+        for row, f1, anchor in zip(rows, class_f1(run.counts(mode)), GOLD_RUN[mode], strict=True):
+            row += [float(f1), bar_html(np.nan_to_num(f1), anchor), anchor]
+    n = np.bincount(np.minimum(run.labels.gesture, REST), minlength=REST + 1)
+    return table_html(head, [[*row, int(k)] for row, k in zip(rows, n, strict=True)], "f1")
+
+
+def confusion_part(run: Outcome) -> str:
+    imu = f"<details><summary>imu mode</summary>{confusion_html(run.counts('imu'))}</details>"
+    return confusion_html(run.counts("all")) + imu
+
+
+def confusion_html(counts: I64) -> str:
+    """Blue is right, orange wrong, the deeper the larger the share of its row."""
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+
+    def count(i: int, j: int) -> str:
+        kind = ("hit" if i == j else "miss") + " deep" * bool(shares[i, j] > 0.5)
+        return f'<td class="{kind}" style="--share:{shares[i, j]:.2f}">{counts[i, j] or ""}</td>'
+
+    each = range(len(GESTURES))
+    names = [f"{i + 1} {html.escape(gesture)}" for i, gesture in enumerate(GESTURES)]
+    head = "".join(f'<th title="{names[j]}">{j + 1}</th>' for j in each)
+    rows = [f"<tr><th>{names[i]}</th>{''.join(count(i, j) for j in each)}</tr>" for i in each]
+    return f'<div class="scroll"><table class="confusion"><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+
+
+def reliability(proba: F32, truth: I64, bins: int = 10) -> tuple[F64, F64, I64]:
+    """By confidence: its mean, the share of right answers, recordings. (N, K), (N) → 3 × (bins)
+
+    NaN where no recording is.
+    """
+    sure = proba.max(axis=1).astype(np.float64)
+    which = np.minimum((sure * bins).astype(np.int64), bins - 1)
+    n = np.bincount(which, minlength=bins)
+    sums = [np.bincount(which, v, bins) for v in (sure, proba.argmax(axis=1) == truth)]
+    with np.errstate(invalid="ignore"):
+        return sums[0] / n, sums[1] / n, n
+
+
+def calibration_error(proba: F32, truth: I64) -> float:
+    """Expected calibration error: mean distance of confidence from accuracy, by recordings."""
+    sure, right, n = reliability(proba, truth)
+    return float(np.nansum(np.abs(sure - right) * n) / n.sum())
+
+
+def calibration_part(run: Outcome) -> str:
+    def draw(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color=INK, lw=0.8, ls=":")
+        for (mode, colour), mark in zip(COLOURS.items(), "os", strict=True):
+            sure, right, n = reliability(run.proba[f"blend/{mode}"], run.labels.gesture)
+            axes.plot(sure, right, color=colour, label=mode, zorder=2)
+            axes.scatter(sure, right, 8 + 120 * n / n.sum(), color=colour, marker=mark, zorder=3)
+        axes.set(xlabel="confidence", ylabel="share of right answers", xlim=(0, 1), ylim=(0, 1))
+        axes.legend(loc="upper left")
+
+    rows = [(part, calibration_error(p, run.labels.gesture)) for part, p in run.proba.items()]
+    return f'<div class="plots">{plot(draw, 3.2)}{table_html(("", "ECE"), rows, "ece")}</div>'
+
+
+def weights_part(run: Outcome) -> str:
+    weights = [dict(zip(b["parts"], b["weights"], strict=True)) for b in run.modes.values()]
+    rows = [
+        [part, *(v for w in weights for v in (w.get(part, 0.0), bar_html(w.get(part, 0.0))))]
+        for part in run.modes["all"]["parts"]
+    ]
+    head = ["", *(h for mode, b in run.modes.items() for h in (f"{mode}, by {b['kind']}", ""))]
+    return table_html(head, rows, "weights")
+
+
+def learning_curves(path: Path, n_folds: int) -> dict[tuple[str, int, int], list[dict[str, Any]]]:
+    """The latest run of each mode, seed and fold in a log that holds several, line by line.
+
+    A line puts an end to all earlier ones of its fold that were as far or farther: a new run begins
+    at the first step, a resumed one somewhere after it. Lines that were cut off are left out.
+    """
+    curves: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    for text in path.read_text().splitlines() if path.is_file() else ():
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            line["x"] = line.get("epoch", line.get("round"))
+            key = (line["mode"], line.get("seed", 0), line["fold"])
+            curves[key] = [e for e in curves.get(key, []) if e["x"] < line["x"]] + [line]
+    return {key: curve for key, curve in sorted(curves.items()) if key[2] < n_folds}
+
+
+def curves_part(run: Outcome) -> str:
+    logs = {m: run.cfg.out / "logs" / f"{m}_progress.jsonl" for m in run.members}
+    curves = {m: learning_curves(path, run.cfg.n_folds) for m, path in logs.items()}
+    plots = [plot(functools.partial(draw_curves, m, c), 4.2) for m, c in curves.items() if c]
+    none = "<p>No lines in logs/: trained elsewhere, or with SAVE_JSONL=0.</p>"
+    return f'<div class="plots">{"".join(plots)}</div>' if plots else none
+
+
+def draw_curves(member: str, curves: Mapping[Any, list[dict[str, Any]]], figure: Any) -> None:
+    """Score above loss, a line per seed and fold, a colour per mode."""
+    last = next(iter(curves.values()))[-1]
+    loss = next((name for name in last if "loss" in name), "loss")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    for (mode, *_), curve in curves.items():
+        x = [line["x"] for line in curve]
+        for axes, name in ((upper, "score"), (lower, loss)):
+            y = [line[name] for line in curve]
+            axes.plot(x, y, "." if len(x) == 1 else "-", color=COLOURS[mode], lw=1, label=mode)
+            axes.set_ylabel(name)
+    handles = dict(zip(*reversed(upper.get_legend_handles_labels()), strict=True))
+    upper.legend(handles.values(), handles.keys())
+    lower.set_xlabel("epoch" if "epoch" in last else "round")
+    figure.suptitle(member, x=0.02, ha="left", fontsize=10)
+
+
+def features_part(run: Outcome) -> str:
+    """The features that gained most in the all mode, if a member of this run tells."""
+    path = run.cfg.out / "feature_importance.csv"
+    tells = any(MEMBERS[m].summarise is not nothing_to_summarise for m in run.members)
+    if not (tells and path.is_file()):
+        return "<p>No member of this run tells how much its features gained.</p>"
+    best = pl.read_csv(path).filter(pl.col("mode") == "all").head(TOP_FEATURES)
+    rows = [
+        (i + 1, Html(f"{html.escape(name)}<br><small>{html.escape(meaning(name))}</small>"),
+         bar_html(gain / best["gain_mean"][0]), round(gain), round(sd or 0))
+        for i, (_, name, gain, sd, *_) in enumerate(best.iter_rows())
+    ]  # fmt: skip
+    return table_html(("", "feature", "", "gain", "± sd"), rows, "wide")
+
+
+# %% [markdown]
+# What the members saw and what they made of it.
+
+
+# %%
+def gallery_choice(proba: F32, truth: I64, cfg: Config) -> I64:
+    """The most confident of the mistakes that cost score, then some right answers by lot."""
+    answer = proba.argmax(axis=1)
+    wrong = np.flatnonzero(np.minimum(answer, REST) != np.minimum(truth, REST))
+    wrong = wrong[np.argsort(-proba[wrong].max(axis=1), kind="stable")]
+    right = rng_for(cfg, "gallery").permutation(np.flatnonzero(answer == truth))
+    return np.r_[wrong[:GALLERY_MISTAKES], right[:GALLERY_RIGHT]].astype(np.int64)
+
+
+def tof_mosaic(tof: U8) -> npt.NDArray[Any]:
+    """Images of five sensors, one below the other, as colours. (M, 5, 8, 8) → (45, 9 M, 4)
+
+    Near is dark. Nothing in range is grey, missing is blank.
+    """
+    from matplotlib import colormaps
+
+    colour = colormaps["cividis"](tof / FARTHEST)
+    colour[tof == NOTHING] = (0.5, 0.5, 0.5, 0.28)
+    colour[tof == MISSING] = 0
+    tiles = np.pad(colour, [(0, 0), (0, 0), (0, 1), (0, 1), (0, 0)])  # (M, 5, 9, 9, 4)
+    return tiles.transpose(1, 2, 0, 3, 4).reshape(45, -1, 4)
+
+
+def draw_recording(rec: Recordings, performed: Bool, figure: Any) -> None:
+    """Acceleration, angular velocity and ToF images of one recording; the gesture is shaded."""
+    n, rows = len(rec.acc), np.flatnonzero(performed)
+    first, last = (rows[0], rows[-1]) if rows.size else (0, n - 1)
+    moments = np.r_[first // 2, np.linspace(first, last, 7).round()].astype(np.int64)
+    seconds = np.arange(n) * SAMPLE_PERIOD
+    *axes, below = figure.subplots(3, 1, height_ratios=(1, 1, 2.2))
+    signals: dict[str, npt.NDArray[Any]] = {"m/s²": rec.acc, "rad/s": Motion.of(rec).omega}
+    for ax, (unit, vectors) in zip(axes, signals.items(), strict=True):
+        ax.axvspan(seconds[first], seconds[last], color="#808080", alpha=0.16, lw=0)
+        for values, colour, name in zip(vectors.T, (BLUE, ORANGE, GREEN), "xyz", strict=True):
+            ax.plot(seconds, values, color=colour, lw=1, label=name)
+        ax.plot(seconds[moments], np.full(8, ax.get_ylim()[0]), "^", ms=3, color=INK, clip_on=False)
+        ax.set(ylabel=unit, xlim=(0, seconds[-1] or 1))
+    axes[0].tick_params(labelbottom=False)
+    axes[0].legend(ncols=3, loc="lower right", bbox_to_anchor=(1, 1), borderpad=0)
+    below.imshow(tof_mosaic(rec.tof[moments]), interpolation="none")
+    below.set_xticks(np.arange(8) * 9 + 3.5, [f"{t:.1f}" for t in seconds[moments]])
+    below.set_yticks(np.arange(5) * 9 + 3.5, [f"ToF {i}" for i in range(1, 6)])
+    below.set_xlabel("s")
+    below.grid(visible=False)
+    below.tick_params(length=0)
+    below.spines[:].set_visible(False)
+
+
+def opinion(proba: F32, truth: int) -> Html:
+    """The three likeliest gestures, the true one bold. (K)"""
+    best = np.argsort(-proba, kind="stable")[:3]
+    texts = [f"{html.escape(GESTURES[g])} {proba[g]:.2f}" for g in best]
+    bold = (f"<b>{x}</b>" if g == truth else x for g, x in zip(best, texts, strict=True))
+    return Html("<br>".join(bold))
+
+
+def gallery_part(run: Outcome) -> str:
+    blend, parts = run.proba["blend/all"], [p for p in run.proba if p.endswith("/all")]
+    chosen = gallery_choice(blend, run.labels.gesture, run.cfg)
+    cards = [recording_html(int(i), {p: run.proba[p][i] for p in parts}, run) for i in chosen]
+    return f'<div class="gallery">{"".join(cards)}</div>'
+
+
+def recording_html(i: int, opinions: Mapping[str, F32], run: Outcome) -> str:
+    """Recording i, and what each part says of it."""
+    rec, labels, blend = run.rec, run.labels, opinions["blend/all"]
+    truth, answer = int(labels.gesture[i]), int(blend.argmax())
+    performed = labels.phase[rec.start[i] : rec.start[i + 1]] > 0
+    title = GESTURES[truth] + (f" → {GESTURES[answer]}" if truth != answer else "")
+    verdict = f"{'right' if truth == answer else 'wrong'} with {blend[answer]:.2f}"
+    where = ORIENTATIONS[labels.orientation[i]]
+    about = (rec.sequence_id[i], rec.subject[i], where, f"{len(performed)} rows", verdict)
+    picture = plot(functools.partial(draw_recording, rec.part(i, i + 1), performed), 4.9)
+    rows = [(part, opinion(p, truth)) for part, p in opinions.items()]
+    return (
+        f"<article><h3>{html.escape(title)}</h3><p>{html.escape(' · '.join(about))}</p>"
+        f"{picture}{table_html(('', ''), rows, 'opinions')}</article>"
+    )
+
+
+# %% [markdown]
+# What the run cost and how it was set up; then all parts in order, and the page.
+
+
+# %%
+def cost_part(cfg: Config) -> str:
+    longest = max((s.secs for s in STAGES), default=1.0)
+    rows = [
+        (
+            s.name,
+            Html(f'<div class="n">{s.secs:.1f}</div>'),
+            bar_html(s.secs / longest),
+            round(s.peak_mb),
+        )
+        for s in STAGES
+    ]
+    return table_html(("stage", "seconds", "", "peak MB"), rows, "stages")
+
+
+def machine() -> list[tuple[str, str]]:
+    """Processor, cores, memory and graphics cards."""
+    import platform
+    import subprocess
+
+    model, cards = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text()), "none"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no NVIDIA driver here
+        ask_driver = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+        told = subprocess.run(ask_driver, capture_output=True, text=True, timeout=30, check=True)
+        cards = "; ".join(told.stdout.split("\n")).strip("; ") or "none"
+    return [
+        ("processor", model[1] if model else platform.machine()),
+        ("cores", str(len(os.sched_getaffinity(0)))),
+        ("memory", f"{memory:.1f} GB"),
+        ("card", cards),
+        ("system", platform.platform()),
+        ("python", platform.python_version()),
+    ]
+
+
+def setup_part(cfg: Config) -> str:
+    fields = [(f.name.upper(), shown(getattr(cfg, f.name)), shown(f.default), f.metadata["help"])
+              for f in dataclasses.fields(cfg)]  # fmt: skip
+    changed = [f[:3] for f in fields if f[1] != f[2]]
+    every = table_html(("setting", "value", "default", "meaning"), fields, "settings")
+    packages = dict.fromkeys(p for m in MEMBERS.values() for p in m.packages)
+    names = ("numpy", "polars", "scipy", *packages, "joblib", "matplotlib", "grpcio", "protobuf")
+    versions = [(name, package_version(name) or "not installed") for name in names]
+    return (
+        table_html(("setting", "value", "default"), changed, "changed")
+        + f"<details><summary>All settings</summary>{every}</details>"
+        + table_html(("", ""), machine() + versions, "machine")
+    )
+
+
+# fmt: off
+TRAINED = (  # parts about training: title, what it shows, how it is made
+    ("Result", "The competition's score of out-of-fold rows; mixed is the mean of both modes. Optimistic weights were found on the rows "
+     "they are scored on, nested ones on the other folds. The assignment starts from the nested blend and gives each label once a subject: "
+     "mean ± sd over random orders. Seconds: of a member's training; of the blend since the start.", result_part),
+    ("F1 by class", "Nested blend. The orange mark is the anchor: one run of a gold-medal team on the real data, which scored .855 (all) and "
+     ".810 (imu).", f1_part),
+    ("Confusion", "Nested blend, recordings by true gesture (rows) and answer (columns), the eight targets first. Blue is right, orange wrong, "
+     "deeper for a larger share of the row. Errors among the non-targets cost nothing.", confusion_part),
+    ("Calibration", "How often an answer is right that was given with some confidence: on the dotted line confidence is honest, above it too "
+     "modest. Marks grow with the number of recordings. ECE is the mean distance from the line.", calibration_part),
+    ("Ensemble weights", "Share of each member in the blend that answers. IMU members also join the blend of the all mode.", weights_part),
+    ("Learning curves", "Latest run of each fold, a thin line each: the score of its validation rows, below it the loss.", curves_part),
+    ("Features", "Those of largest gain in the all mode, mean over the folds.", features_part),
+    ("Gallery", "The mistakes that cost score, the most confident first (truth → answer), then some right answers by lot; recordings as the "
+     "members see them, left-handers mirrored. Shaded: the gesture. Triangles: the moments of the ToF images, near dark, far light, nothing "
+     "in range grey, missing blank. Below, the three likeliest gestures of the nested blend and of each member, the true one bold.", gallery_part),
+)
+ALWAYS = (
+    ("Time and memory", "Seconds of each stage, and the most memory held until its end.", cost_part),
+    ("Set-up", "Settings that differ from their defaults, machine and versions.", setup_part),
+)
+# fmt: on
+
+
+def top_part(run: Outcome | None, cfg: Config) -> str:
+    """Heading, the four figures that matter, and what should be known of them."""
+    about, tiles = [time.strftime("%Y-%m-%d %H:%M %Z"), str(cfg.data_dir)], {}
+    if run:
+        n_subjects = len(np.unique(run.rec.subject))
+        about.append(f"{len(run.rec):,} recordings of {n_subjects} subjects, {cfg.n_folds} folds")
+        nested, assigned = run.results[-2:]
+        tiles = {
+            "nested blend, mixed": nested.mixed,
+            **nested.scores,
+            "assigned, mixed": assigned.mixed,
+        }
+    notices = {
+        "Simulated data. The scores say how parts compare, not what the board will show.": simulates(
+            cfg
+        ),
+        "matplotlib is not installed: this report has no plots.": not package_version("matplotlib"),
+        f"No train.csv in {cfg.data_dir}: nothing was trained or scored.": run is None,
+    }
+    told = "".join(
+        f'<p class="notice">{html.escape(n)}</p>' for n, is_so in notices.items() if is_so
+    )
+    figures = "".join(f"<div><b>{value:.4f}</b>{name}</div>" for name, value in tiles.items())
+    return (
+        f"<h1>Gestures from a wrist sensor: the run</h1><p>{html.escape(' · '.join(about))}</p>"
+        f'{told}<div class="tiles">{figures}</div>'
+    )
+
+
+def report_html(run: Outcome | None, cfg: Config) -> str:
+    """All parts, as they stand in the page and in a notebook."""
+    parts = [(title, text, make(run)) for title, text, make in TRAINED] if run else []
+    parts += [(title, text, make(cfg)) for title, text, make in ALWAYS]
+    sections = "".join(
+        f"<section><h2>{title}</h2><p>{text}</p>{part}</section>" for title, text, part in parts
+    )
+    return f'<style>{STYLE}</style><div class="report"><main>{top_part(run, cfg)}{sections}</main></div>'
+
+
+REPORT_ERRORS = (
+    ImportError, OSError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError, AssertionError,
+    pl.exceptions.PolarsError,
+)  # fmt: skip
+
+
+def write_report(run: Outcome | None, cfg: Config) -> None:
+    """report/index.html, shown in a notebook as well; a failure is an error with STRICT=1 only."""
+    path = cfg.out / "report" / "index.html"
+    try:
+        body = report_html(run, cfg)
+        head = (
+            '<!doctype html><html lang="en"><head><meta charset="utf-8"><title>CMI: the run</title>'
+            '<meta name="viewport" content="width=device-width,initial-scale=1">'
+            '<link rel="icon" href="data:,"><style>body{margin:0}</style></head><body>'
+        )
+        write_whole(path, f"{head}{body}</body></html>\n")
+        notebook = sys.modules.get("IPython")
+        if notebook and notebook.get_ipython():
+            notebook.display.display(notebook.display.HTML(body))
+    except REPORT_ERRORS as error:
+        if cfg.strict:
+            raise
+        log("warning", not_written=path, error=repr(error)[:200])
+        return
+    log("report", path=path, mb=path.stat().st_size / 2**20)
+
+
+# %% [markdown]
+# ## 17 Entry
 #
 # Off Kaggle, without CMI_DATA_DIR, a small data set is simulated and takes the same road.
 
@@ -6172,10 +6795,12 @@ def simulated(cfg: Config, out: Path) -> Path:
 
 def make_study(cfg: Config) -> Study:
     """Read the training data, find its folds and bring it into canonical form."""
-    rec, mark = cached_recordings(cfg.data_dir, cfg)
+    with stage("reading", cfg):
+        rec, mark = cached_recordings(cfg.data_dir, cfg)
     assert rec.labels is not None
     fold = saved_folds(rec, cfg)
-    turned, wearer = find_turned(rec, fold, cfg)
+    with stage("wearer", cfg):
+        turned, wearer = find_turned(rec, fold, cfg)
     log("data", folder=cfg.data_dir, recordings=len(rec), rows=len(rec.acc), subjects=len(set(rec.subject)),
         labels=len(rec.labels.table), upside_down=",".join(np.unique(rec.subject[turned])) or "none")  # fmt: skip
     inputs = Inputs(canonical(rec, turned), cfg)
@@ -6211,54 +6836,53 @@ def read_folds(path: Path, rec: Recordings, cfg: Config) -> tuple[I64, str]:
     return fold, "" if len(pairs) == len(set(rec.subject)) else "some subject is in two folds"
 
 
-def train_all(cfg: Config) -> None:
+def train_all(cfg: Config) -> Outcome | None:
     """Plan, train or reuse, fill the out-of-fold rows, find the weights, print the result table."""
     study = make_study(cfg)
     plan = make_plan(study, cfg)
     print_plan(plan, cfg)
     if cfg.plan_only:
-        return
+        return None
     if all(step.action == "skip" for step in plan):
         raise ConfigError("No member takes part: set USE_LGBM, USE_TORCH or USE_KERAS to 1.")
     oof = train_members(plan, study, cfg)
-    figures = blend_members(oof, plan, study, cfg)
-    print_results(oof, figures, plan, study, cfg)
+    with stage("blend", cfg):
+        figures = blend_members(oof, plan, study, cfg)
+    results = result_table(oof, figures, plan, study)
+    print_results(results)
+    return Outcome(study.inputs.rec, study.labels, results, cfg)
 
 
-def print_results(
+def result_table(
     oof: Mapping[tuple[str, str], F32],
     figures: Mapping[str, Mapping[str, float]],
     plan: Sequence[Step],
     study: Study,
-    cfg: Config,
-) -> None:
-    """Members × modes, then the blend: out-of-fold scores and seconds of training."""
-    truth, table = study.labels.gesture, study.labels.table
-
-    def line(name: str, values: Mapping[str, float], secs: float) -> None:
-        mixed = float(np.mean([values[m] for m in MODES]))
-        log(
-            "result",
-            what=f"{name:<22}",
-            **{m: f"{values[m]:.4f}" for m in MODES},
-            mixed=f"{mixed:.4f}",
-            secs=f"{secs:.0f}",
-        )
-
+) -> list[Result]:
+    """Members, then the blend: out-of-fold scores by mode and seconds of training."""
+    truth, table, results = study.labels.gesture, study.labels.table, []
     for member in dict.fromkeys(m for m, _ in oof):
         values = {
             m: score(truth, gesture_proba(oof[member, m], table).argmax(axis=1)) for m in MODES
         }
-        line(member, values, sum(last_secs(s.folder) for s in plan if s.member == member))
+        secs = sum(last_secs(s.folder) for s in plan if s.member == member)
+        results.append(Result(member, values, secs))
     total = time.monotonic() - STARTED
     for name, key in (
         ("blend (optimistic)", "optimistic"),
         ("blend (nested)", "nested"),
         ("blend + assignment", "assigned"),
     ):
-        line(name, {m: figures[m][key] for m in MODES}, total)
-    if BLIND in figures:
-        log("result", what="as if none had a rotation", nested=f"{figures[BLIND]['nested']:.4f}")
+        sd = {m: figures[m]["assigned_sd"] for m in MODES if key == "assigned"}
+        results.append(Result(name, {m: figures[m][key] for m in MODES}, total, sd))
+    return results
+
+
+def print_results(results: Sequence[Result]) -> None:
+    """Members × modes, then the blend, a line each."""
+    for r in results:
+        values = {m: f"{v:.4f}" for m, v in r.scores.items()}
+        log("result", what=f"{r.name:<22}", **values, mixed=f"{r.mixed:.4f}", secs=f"{r.secs:.0f}")
 
 
 HELP = {"--help": print_help, "--help-features": print_feature_help}
@@ -6274,6 +6898,7 @@ def main(env: Mapping[str, str], arguments: Sequence[str] = ()) -> None:
         log("note", DL_NUM_WORKERS=cfg.dl_num_workers, effect="none: batches need no workers")
     for name, meant in likely_typos(env):
         log("warning", variable=name, did_you_mean=meant)
+    STAGES.clear()
     if cfg.rerun:
         cfg.out.mkdir(parents=True, exist_ok=True)
         serve(settle(cfg, env))
@@ -6282,12 +6907,14 @@ def main(env: Mapping[str, str], arguments: Sequence[str] = ()) -> None:
         for folder in sorted({cfg.out.resolve(), cfg.checkpoints.resolve()}):
             held.enter_context(only_run(folder))
         cfg = settle(cfg, env)
+        outcome = None
         if (cfg.data_dir / "train.csv").is_file():
-            train_all(cfg)
+            outcome = train_all(cfg)
         else:
             log("plan", action="serve", why=f"no train.csv in {cfg.data_dir}")
         if not cfg.plan_only:
             serve(cfg)
+            write_report(outcome, cfg)
 
 
 FREE, OTHER, MOVE = (
