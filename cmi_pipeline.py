@@ -15,19 +15,16 @@ Sections
      2 Log and artefacts
      3 Gestures, score and folds
      4 Recordings
-     5 Motion
-     6 Wearer
-     7 Features
-     8 Frames
-     9 LightGBM
-    10 Torch
-    11 Keras
-    12 Members and plan
-    13 Training
-    14 Blend and assignment
-    15 Serving
-    16 Report
-    17 Entry
+     5 Motion and wearer
+     6 Features and frames
+     7 LightGBM
+     8 Torch
+     9 Keras
+    10 Members, plan and training
+    11 Blend and assignment
+    12 Serving
+    13 Report
+    14 Entry
 
 Array axes, as written in every shape comment
     N recordings    R rows of all recordings, end to end    T time steps after padding
@@ -956,7 +953,7 @@ def load_recordings(cache: Path) -> Recordings:
 
 
 # %% [markdown]
-# ## 5 Motion
+# ## 5 Motion and wearer
 #
 # Pure functions of whole columns: no loop over recordings, no configuration, input untouched.
 # `start` keeps recordings apart: nothing is ever computed across the border of two of them.
@@ -1302,7 +1299,7 @@ def canonical(rec: Recordings, turned: Bool) -> Recordings:
 
 
 # %% [markdown]
-# ## 6 Wearer
+# ### Wearer
 #
 # Some people wear the device turned by 180° about its z axis. A small antisymmetric model tells:
 # its evidence for a recording is exactly minus that for the turned twin, so it needs no example
@@ -1390,7 +1387,7 @@ def find_turned(rec: Recordings, fold: I64, cfg: Config) -> tuple[Bool, dict[str
 
 
 # %% [markdown]
-# ## 7 Features
+# ## 6 Features and frames
 #
 # One row of numbers per recording, for trees. A family is one function and one line of FEATURES;
 # it receives a Chunk, which makes each shared intermediate once, and returns its columns (F, N).
@@ -2432,7 +2429,7 @@ def print_feature_help(cfg: Config) -> None:
 
 
 # %% [markdown]
-# ## 8 Frames
+# ### Frames
 #
 # What a network sees of each row: named groups of channels, NaN where a sensor is missing. Where a
 # ToF sensor works but sees nothing, its channels are finite: share 0, distances 250 (one beyond the
@@ -2564,7 +2561,7 @@ def last_rows(start: I64, n_steps: int) -> tuple[I64, I64]:
 
 
 # %% [markdown]
-# ## 9 LightGBM
+# ## 7 LightGBM
 #
 # Boosted trees on the feature table. The main booster tells the 18 gestures; two small ones tell
 # orientation and initial behavior, so that this member too answers in composite labels. Models
@@ -3013,7 +3010,7 @@ def predict_lgbm(model: LgbmModel, table: Table) -> F32:
 
 
 # %% [markdown]
-# ## 10 Torch
+# ## 8 Torch
 #
 # A stem per sensor group → residual SE blocks, each halving time → BiLSTM → GRU → attention that
 # the gesture phase guides → heads. A network takes raw channels, NaN where a sensor is missing,
@@ -4060,7 +4057,7 @@ def ask_at_once(model: TorchModel, store: Store) -> F32:
 
 
 # %% [markdown]
-# ## 11 Keras
+# ## 9 Keras
 #
 # The third member, of another architecture: a deep branch for the IMU and a light one for ToF and
 # THM meet in a BiLSTM and a BiGRU. The network takes rows as they are, NaN where a sensor is silent
@@ -4988,7 +4985,7 @@ def predict_keras(model: KerasEnsemble, frames: Frames) -> F32:
 
 
 # %% [markdown]
-# ## 12 Members and plan
+# ## 10 Members, plan and training
 #
 # A member is a few functions joined under a name in MEMBERS; nothing else in this file knows a
 # member by name. The plan compares what lies on disk with what would be trained now, model by
@@ -5286,7 +5283,7 @@ def print_plan(plan: Sequence[Step], cfg: Config) -> None:
 
 
 # %% [markdown]
-# ## 13 Training
+# ### Training
 #
 # For each (member, mode, seed, fold): fit if the plan says so, then always fill the out-of-fold
 # rows, a reused model its own validation rows as well. They start as NaN and must end without
@@ -5480,7 +5477,7 @@ def finish_member(member: str, steps: Sequence[Step], study: Study, cfg: Config)
 
 
 # %% [markdown]
-# ## 14 Blend and assignment
+# ## 11 Blend and assignment
 #
 # Per mode: how to mix the members' out-of-fold probabilities. IMU members also join the blend of
 # the all-sensor mode; recordings without rotation have a blend of their own. Weights found on the
@@ -5801,7 +5798,7 @@ def blend_members(
 
 
 # %% [markdown]
-# ## 15 Serving
+# ## 12 Serving
 #
 # The gateway asks for one recording at a time, in random order. Models are read on the first
 # question, because the server must be up within 15 minutes and the first answer has no deadline.
@@ -6159,7 +6156,7 @@ def serve(cfg: Config) -> Predictor:
 
 
 # %% [markdown]
-# ## 16 Report
+# ## 13 Report
 #
 # report/index.html says how good a run was, where it errs and what it cost: one file that holds all
 # it shows and loads nothing. Colours are Okabe and Ito's and cividis; plots are as wide as a phone
@@ -6741,7 +6738,7 @@ def write_report(run: Outcome | None, cfg: Config) -> None:
 
 
 # %% [markdown]
-# ## 17 Entry
+# ## 14 Entry
 #
 # Off Kaggle, without CMI_DATA_DIR, a small data set is simulated and takes the same road.
 
