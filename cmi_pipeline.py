@@ -6232,7 +6232,7 @@ SCORE_ANCHORS = (  # on the real data
 REST = len(TARGETS)  # code of any non-target among the classes of the score
 INK = "#010203"  # stands for the page's text colour in a plot
 BLUE, ORANGE, GREEN = "#0072B2", "#E69F00", "#009E73"  # Okabe and Ito
-COLOURS = dict(zip(MODES, (BLUE, ORANGE), strict=True))
+COLOURS = dict(zip(ROUTES, (BLUE, ORANGE, GREEN), strict=True))
 TOP_FEATURES, GALLERY_MISTAKES, GALLERY_RIGHT = 40, 18, 6
 
 STYLE = """
@@ -6428,7 +6428,8 @@ def calibration_part(run: Outcome) -> str:
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], color=INK, lw=0.8, ls=":")
-        for (mode, colour), mark in zip(COLOURS.items(), "os", strict=True):
+        for mode, mark in zip(MODES, "os", strict=True):
+            colour = COLOURS[mode]
             sure, right, n = reliability(run.proba[f"blend/{mode}"], run.labels.gesture)
             axes.plot(sure, right, color=colour, label=mode, zorder=2)
             axes.scatter(sure, right, 8 + 120 * n / n.sum(), color=colour, marker=mark, zorder=3)
@@ -6443,7 +6444,7 @@ def weights_part(run: Outcome) -> str:
     weights = [dict(zip(b["parts"], b["weights"], strict=True)) for b in run.modes.values()]
     rows = [
         [part, *(v for w in weights for v in (w.get(part, 0.0), bar_html(w.get(part, 0.0))))]
-        for part in run.modes["all"]["parts"]
+        for part in dict.fromkeys(p for b in run.modes.values() for p in b["parts"])
     ]
     head = ["", *(h for mode, b in run.modes.items() for h in (f"{mode}, by {b['kind']}", ""))]
     return table_html(head, rows, "weights")

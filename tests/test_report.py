@@ -324,7 +324,7 @@ def test_a_reuse_run_without_a_member_reports_the_rest(
     assert again.titles == page.titles
     assert column(again, "scores", "all")["lgbm"] == column(page, "scores", "all")["lgbm"]
     assert "torch" not in column(again, "scores", "all")
-    assert [row[0] for row in again.tables["weights"][1:]] == ["lgbm/all", "lgbm/imu"]
+    assert [row[0] for row in again.tables["weights"][1:]] == ["lgbm/all", "lgbm/imu", "lgbm/norot"]
     assert "lgbm/all training" not in column(again, "stages", "seconds")
     assert "lgbm/all out of fold" in column(again, "stages", "seconds")
 
