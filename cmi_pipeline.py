@@ -734,12 +734,17 @@ def numbers(frame: pl.DataFrame, columns: Sequence[str]) -> F32:
     Kaggle's gateway hands over all-null columns as text, and then numbers as text with them. A
     column that is absent is missing in every row; so is a value that is no finite number.
     """
-    selected = frame.select(
-        pl.col(c).cast(pl.Float32, strict=False) if c in frame.columns
-        else pl.repeat(None, pl.len(), dtype=pl.Float32).alias(c)
-        for c in columns
-    )  # fmt: skip
-    out = np.ascontiguousarray(selected.to_numpy(), np.float32).reshape(len(frame), len(columns))
+    try:
+        selected = frame.select(
+            pl.col(c).cast(pl.Float32, strict=False) if c in frame.columns
+            else pl.repeat(None, pl.len(), dtype=pl.Float32).alias(c)
+            for c in columns
+        ).to_numpy()  # fmt: skip
+    except pl.exceptions.PolarsError as error:  # a list, a struct, a category
+        raise DataError(f"A column of numbers holds something else: {error!s:.200}") from None
+    if selected.dtype == object:
+        raise DataError(f"Of the columns {columns[:3]} … one holds no numbers.")
+    out = np.ascontiguousarray(selected, np.float32).reshape(len(frame), len(columns))
     return np.where(np.isfinite(out), out, np.float32(np.nan))
 
 
@@ -921,7 +926,7 @@ def cached_recordings(folder: Path, cfg: Config) -> tuple[Recordings, str]:
                 )
                 return rec, mark
             why = "its arrays are not those that were written"
-        except (OSError, LookupError, TypeError, ValueError, AssertionError) as error:
+        except (OSError, EOFError, LookupError, TypeError, ValueError, AssertionError) as error:
             why = str(error)
         log("warning", cache=cache, why=f"{why:.200}", instead="read again")
     log("plan", what="recordings", action="build", why="no cache of this train.csv", path=cache)
@@ -5174,7 +5179,7 @@ def why_not_reusable(job: Job, folder: Path, study: Study, cfg: Config) -> str:
             return other
         figures = probe(study, job.member, job.mode)[1]
         close = np.allclose(figures, then["probe"], rtol=1e-2, atol=1e-3)
-        spoilt = spoilt_file(folder, job.stem)
+        spoilt = spoilt_file(folder, job.stem, MEMBERS[job.member].files)
     except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
         return f"{note.name} cannot be used ({error})"
     if not close:
@@ -5536,7 +5541,8 @@ def blend_from(content: Mapping[str, Any]) -> Blend:
     if kind not in TRANSFORMS:
         raise ValueError(f"kind {kind!r} is none of {', '.join(TRANSFORMS)}")
     for knob in knobs:
-        mixed = TRANSFORMS[kind](even, knob)
+        with np.errstate(all="ignore"):
+            mixed = TRANSFORMS[kind](even, knob)
         if mixed.shape != even.shape or not np.isfinite(mixed).all():
             raise ValueError(f"{knob!r:.80} is no knob of {kind}")
     return Blend(parts, tuple(weights.tolist()), kind, knobs)
@@ -5844,7 +5850,7 @@ def find_models(cfg: Config, marks: Mapping[str, str]) -> dict[str, tuple[Path, 
     for member in (m for m in MEMBERS if not why_absent(m, cfg)):
         for folder in bundle_folders(member, cfg):
             try:
-                usable = usable_models(folder)
+                usable = usable_models(folder, MEMBERS[member].files)
             except (DataError, OSError) as error:
                 if cfg.strict:
                     raise
@@ -5857,7 +5863,7 @@ def find_models(cfg: Config, marks: Mapping[str, str]) -> dict[str, tuple[Path, 
     return found
 
 
-def usable_models(folder: Path) -> dict[str, tuple[Path, list[str], I64]]:
+def usable_models(folder: Path, ends: Sequence[str]) -> dict[str, tuple[Path, list[str], I64]]:
     """Folder, stems and label table by mode of a bundle, where all files are as they were written."""
     if not (folder / "bundle.json").is_file():
         return {}
@@ -5874,7 +5880,7 @@ def usable_models(folder: Path) -> dict[str, tuple[Path, list[str], I64]]:
         ) from None
     for mode, stems in modes.items():
         check_stems(stems, folder)
-        spoilt = [name for stem in stems if (name := spoilt_file(folder / mode, stem))]
+        spoilt = [name for stem in stems if (name := spoilt_file(folder / mode, stem, ends))]
         if spoilt:
             log("warning", left_out=folder / mode, why=f"{spoilt[0]} is absent or was changed")
         elif stems:
@@ -5882,17 +5888,18 @@ def usable_models(folder: Path) -> dict[str, tuple[Path, list[str], I64]]:
     return usable
 
 
-def spoilt_file(folder: Path, stem: str) -> str:
+def spoilt_file(folder: Path, stem: str, ends: Sequence[str]) -> str:
     """The first file of a model that is absent or not as it was written; empty if all are."""
     note = folder / f"{stem}.json"
     if not note.is_file():
         return note.name
-    files = read_json(note)["files"]
-    for end, mark in files.items():
+    content = read_json(note)
+    marks = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(marks, dict) or set(marks) != set(ends):
+        raise DataError(f"{note} does not name the files {', '.join(stem + end for end in ends)}.")
+    for end in ends:
         path = folder / f"{stem}{end}"
-        if "/" in end:
-            raise DataError(f"{note} names a file elsewhere: {end!r:.100}.")
-        if not path.is_file() or digest(path.read_bytes()) != mark:
+        if not path.is_file() or digest(path.read_bytes()) != marks[end]:
             return path.name
     return ""
 
@@ -5900,7 +5907,7 @@ def spoilt_file(folder: Path, stem: str) -> str:
 def check_stems(stems: Any, folder: Path) -> None:
     """Refuse names in bundle.json that could lead out of its folder."""
     if not isinstance(stems, list) or not all(
-        isinstance(s, str) and re.fullmatch(r"fold\d\d(_seed\d+)?", s) for s in stems
+        isinstance(s, str) and re.fullmatch(r"fold[0-9]{2}(_seed[0-9]+)?", s) for s in stems
     ):
         raise DataError(f"{folder / 'bundle.json'} names files that no run writes: {stems!r:.100}.")
 
