@@ -1150,7 +1150,7 @@ PEOPLE: dict[str, Callable[[pl.DataFrame], pl.DataFrame]] = {
     "zero rows": lambda p: p.clear(),
     "nothing": lambda _: pl.DataFrame(),
     "two rows": lambda p: pl.concat([p, p]),
-    "two that differ": lambda p: pl.concat([p, having(p, 1 - p["handedness"][0], ["handedness"])]),
+    "two that differ": lambda p: pl.concat([p, p.with_columns(handedness=1 - pl.col("handedness"))]),
     "no subject": lambda p: p.drop("subject"),
     "no age": lambda p: p.drop("age"),
     "text in age": one("old", "age"), "infinite age": one(INF, "age"), "huge age": one(1e300, "age"),
@@ -1226,7 +1226,10 @@ def damages(draw: st.DrawFn) -> Callable[[pl.DataFrame], pl.DataFrame]:
 @st.composite
 def people(draw: st.DrawFn) -> Callable[[pl.DataFrame], pl.DataFrame]:
     """One thing that goes wrong with demographics."""
-    columns, value = draw(st.lists(st.sampled_from(cmi.PERSON), min_size=1)), draw(CELLS)
+    columns, value = (
+        draw(st.lists(st.sampled_from(cmi.PERSON), min_size=1, unique=True)),
+        draw(CELLS),
+    )
     kinds = [
         *PEOPLE.values(),
         lambda p: having(p, value, columns),
@@ -1301,7 +1304,7 @@ def test_a_member_learns_the_same_alone(
     same_networks(road[0], out)
 
 
-@pytest.mark.parametrize("backend", ["loky", "threading"])
+@pytest.mark.parametrize("backend", ["threading", pytest.param("loky", marks=pytest.mark.slow)])
 def test_two_workers_learn_the_same(road: tuple[Path, str], tmp_path: Path, backend: str) -> None:
     out = tmp_path / "out"
     good(run(out, USE_KERAS="0", CMI_WORKERS="2", CMI_BACKEND=backend, **data_of(road[0])))
