@@ -48,9 +48,12 @@ def files_to_pack(out: Path) -> list[Path]:
             raise ValueError(f"{needed} does not exist. Name the OUTPUT_PATH of a finished run.")
     n_folds = pl.read_csv(folds)["fold"].n_unique()
     files, marks = [folds, weights], {}
-    for folder in sorted(p.parent for p in out.glob("*_models/bundle.json")):
-        usable = cmi.usable_models(folder)  # logs which file is damaged
-        for mode in cmi.MEMBERS[folder.name.removesuffix("_models")].modes:
+    for name, member in cmi.MEMBERS.items():
+        folder = out / f"{name}_models"
+        if not (folder / "bundle.json").is_file():
+            continue
+        usable = cmi.usable_models(folder, member.files)  # logs which file is damaged
+        for mode in member.modes:
             if mode not in usable:
                 raise ValueError(
                     f"{folder / mode} is damaged or incomplete. Run the pipeline again."
@@ -58,10 +61,10 @@ def files_to_pack(out: Path) -> list[Path]:
             _, stems, _ = usable[mode]
             if len({stem.split("_")[0] for stem in stems}) != n_folds:
                 raise ValueError(f"{folder / mode} has not the {n_folds} folds of folds.csv.")
-            marks[f"{folder.name.removesuffix('_models')}/{mode}"] = cmi.bundle_mark(
-                *usable[mode][:2]
-            )
-            files += [path for stem in stems for path in model_files(folder / mode, stem)]
+            marks[f"{name}/{mode}"] = cmi.bundle_mark(*usable[mode][:2])
+            files += [
+                folder / mode / f"{s}{end}" for s in stems for end in (".json", *member.files)
+            ]
         files.append(folder / "bundle.json")
     wanted = cmi.read_json(weights)["marks"]
     other = [part for part in wanted if marks.get(part) != wanted[part]]
@@ -71,12 +74,6 @@ def files_to_pack(out: Path) -> list[Path]:
             f"Run the pipeline again; models reused from a bundle elsewhere must be copied here first."
         )
     return [path.relative_to(out) for path in files]
-
-
-def model_files(folder: Path, stem: str) -> list[Path]:
-    """The note of a model and the files whose digests it holds."""
-    note = folder / f"{stem}.json"
-    return [note, *(folder / f"{stem}{end}" for end in cmi.read_json(note)["files"])]
 
 
 def check_target(target: Path, slug: object) -> None:
@@ -101,9 +98,7 @@ def pack(out: Path, target: Path, metadata: dict[str, object]) -> int:
         for path in files_to_pack(out):
             (partial / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(out / path, partial / path)
-        for folder in partial.glob("*_models"):
-            if set(cmi.usable_models(folder)) != set(cmi.usable_models(out / folder.name)):
-                raise ValueError(f"{folder.name} changed while it was copied. Pack it again.")
+        files_to_pack(partial)  # the copy is whole too
         cmi.write_json(partial / METADATA, metadata)
         if target.exists():
             target.rename(former)
