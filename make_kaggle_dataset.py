@@ -48,24 +48,12 @@ def files_to_pack(out: Path) -> list[Path]:
             raise ValueError(f"{needed} does not exist. Name the OUTPUT_PATH of a finished run.")
     n_folds = pl.read_csv(folds)["fold"].n_unique()
     files, marks = [folds, weights], {}
-    for name, member in cmi.MEMBERS.items():
-        folder = out / f"{name}_models"
-        if not (folder / "bundle.json").is_file():
-            continue
-        usable = cmi.usable_models(folder, member.files)  # logs which file is damaged
-        for mode in member.modes:
-            if mode not in usable:
-                raise ValueError(
-                    f"{folder / mode} is damaged or incomplete. Run the pipeline again."
-                )
-            _, stems, _ = usable[mode]
-            if len({stem.split("_")[0] for stem in stems}) != n_folds:
-                raise ValueError(f"{folder / mode} has not the {n_folds} folds of folds.csv.")
-            marks[f"{name}/{mode}"] = cmi.bundle_mark(*usable[mode][:2])
-            files += [
-                folder / mode / f"{s}{end}" for s in stems for end in (".json", *member.files)
-            ]
-        files.append(folder / "bundle.json")
+    for name in (m for m in cmi.MEMBERS if (out / f"{m}_models" / "bundle.json").is_file()):
+        for mode, (folder, stems, _) in whole_models(out, name, n_folds).items():
+            marks[f"{name}/{mode}"] = cmi.bundle_mark(folder, stems)
+            ends = (".json", *cmi.MEMBERS[name].files)
+            files += [folder / f"{stem}{end}" for stem in stems for end in ends]
+        files.append(out / f"{name}_models" / "bundle.json")
     wanted = cmi.read_json(weights)["marks"]
     other = [part for part in wanted if marks.get(part) != wanted[part]]
     if other or not marks:
@@ -74,6 +62,20 @@ def files_to_pack(out: Path) -> list[Path]:
             f"Run the pipeline again; models reused from a bundle elsewhere must be copied here first."
         )
     return [path.relative_to(out) for path in files]
+
+
+def whole_models(out: Path, name: str, n_folds: int) -> dict[str, tuple[Path, list[str], cmi.I64]]:
+    """What serving would use of a member, by mode; an error if a mode or a fold is missing."""
+    usable = cmi.usable_models(
+        out / f"{name}_models", cmi.MEMBERS[name].files
+    )  # logs what is damaged
+    for mode in cmi.MEMBERS[name].modes:
+        folder = out / f"{name}_models" / mode
+        if mode not in usable:
+            raise ValueError(f"{folder} is damaged or incomplete. Run the pipeline again.")
+        if len({stem.split("_")[0] for stem in usable[mode][1]}) != n_folds:
+            raise ValueError(f"{folder} has not the {n_folds} folds of folds.csv.")
+    return usable
 
 
 def check_target(target: Path, slug: object) -> None:
