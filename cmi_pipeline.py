@@ -3477,18 +3477,18 @@ def make_batch(store: Store, d: Draw, composite: I64 | None = None, n_labels: in
 
     steps = torch.arange(-(-int(d.length.max()) // 8) * 8, device=store.x.device)
     back = (on(d.length)[:, None] - 1 - steps).clamp(min=0) * on(d.speed)[:, None]  # (B, T) rows
-    whole = back.long()
-    at = on(d.last)[:, None] - whole
+    at = on(d.last)[:, None] - back.long()
     rows = embedding(at, store.x)  # (B, T, C)
-    if (d.speed != 1).any():
-        part = back - whole
-        rows = rows.lerp(embedding(at - (part > 0).long(), store.x), part[:, :, None])
-    if (d.share < 1).any():
-        rows = mixed_in(rows, whole, store, d, on)
-    if d.turn.any():
-        rows = turned_rows(rows, on(d.turn), store.vectors)
-    holes = (steps >= on(d.gap[:, :1])) & (steps < on(d.gap[:, 1:]))  # (B, T)
-    rows = rows.masked_fill(holes[:, :, None] | on(d.lost)[:, None], torch.nan)
+    for marks, change in (
+        (d.speed != 1, stretched_rows),
+        (d.share < 1, mixed_rows),
+        (d.turn.any(axis=1), turned_rows),
+        (d.lost.any(axis=1) | (d.gap[:, 0] < d.gap[:, 1]), silenced_rows),
+    ):
+        if marks.any():  # work on these recordings alone
+            some = np.flatnonzero(marks)
+            i = on(some)
+            rows[i] = change(rows[i], back[i], store, d.part(some), on)
     images = None
     if store.tof is not None:
         images = store.tof.flatten(1).index_select(0, at.flatten()).view(*at.shape, 5, 8, 8)
@@ -3501,29 +3501,52 @@ def make_batch(store: Store, d: Draw, composite: I64 | None = None, n_labels: in
     return Batch(rows, images, length, label, phase_share(store.phase[at], on(d.length)))
 
 
-def mixed_in(
-    rows: torch.Tensor, whole: torch.Tensor, store: Store, d: Draw, on: Any
+def stretched_rows(
+    rows: torch.Tensor, back: torch.Tensor, store: Store, d: Draw, on: Any
+) -> torch.Tensor:
+    """Between two rows of a recording that is played faster or slower, a straight line."""
+    from torch.nn.functional import embedding
+
+    part = back - back.long()
+    before = on(d.last)[:, None] - back.long() - (part > 0).long()
+    return rows.lerp(embedding(before, store.x), part[:, :, None])
+
+
+def mixed_rows(
+    rows: torch.Tensor, back: torch.Tensor, store: Store, d: Draw, on: Any
 ) -> torch.Tensor:
     """Mixup: part of another recording's rows, aligned at the end. Where it has none, our own stay."""
     from torch.nn.functional import embedding
 
-    at = on(store.last[d.partner])[:, None] - whole  # (B, T)
+    at = on(store.last[d.partner])[:, None] - back.long()  # (B, T)
     there = (at >= on(store.first[d.partner])[:, None])[:, :, None]
-    other = embedding(at.clamp(min=0), store.x)
-    mixed = other.lerp(rows, on(d.share)[:, None, None])
+    mixed = embedding(at.clamp(min=0), store.x).lerp(rows, on(d.share)[:, None, None])
     return rows.where(~there | mixed.isnan(), mixed)
 
 
-def turned_rows(rows: torch.Tensor, turn: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+def turned_rows(
+    rows: torch.Tensor, back: torch.Tensor, store: Store, d: Draw, on: Any
+) -> torch.Tensor:
     """Turn every vector of a recording by one rotation, as a wristband that sits askew. (B, T, C)"""
+    from scipy.spatial.transform import Rotation
+
+    turn = on(Rotation.from_rotvec(d.turn).as_matrix().astype(np.float32))  # (B, 3, 3)
+    columns = store.vectors.flatten()
+    found = rows[:, :, columns].unflatten(2, (-1, 3)) @ turn.mT[:, None]  # (B, T, V, 3)
+    return rows.index_copy(2, columns, found.flatten(2))
+
+
+def silenced_rows(
+    rows: torch.Tensor, back: torch.Tensor, store: Store, d: Draw, on: Any
+) -> torch.Tensor:
+    """Rows and channels that go missing."""
     import torch
 
-    x, y, z = turn.T
-    still = torch.zeros_like(x)
-    skew = torch.stack([still, -z, y, z, still, -x, -y, x, still], 1).view(-1, 3, 3)
-    found = rows[:, :, vectors.flatten()].unflatten(2, (-1, 3))  # (B, T, V, 3)
-    found = found @ torch.matrix_exp(skew).mT[:, None]
-    return rows.index_copy(2, vectors.flatten(), found.flatten(2))
+    steps = torch.arange(rows.shape[1], device=rows.device)
+    holes = (steps >= on(d.gap[:, :1])) & (steps < on(d.gap[:, 1:]))  # (B, T)
+    return rows.masked_fill_(holes[:, :, None], torch.nan).masked_fill_(
+        on(d.lost)[:, None], torch.nan
+    )
 
 
 def phase_share(phase: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
