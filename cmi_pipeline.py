@@ -358,7 +358,8 @@ def log(event: str, /, **values: object) -> None:
     pairs = "  ".join(
         f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items()
     ).replace("\n", " ")  # others' errors come in several lines
-    print(f"[{time.monotonic() - STARTED:7.1f}s] {event:<12} {pairs}", flush=True)  # noqa: T201
+    line = f"[{time.monotonic() - STARTED:7.1f}s] {event:<12} {pairs}\n"
+    print(line, end="", flush=True)  # noqa: T201 one write: lines of several workers stay apart
 
 
 class Progress:
