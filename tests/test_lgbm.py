@@ -264,3 +264,11 @@ def test_a_text_that_is_no_model_is_refused(tmp_path: Path, text: str) -> None:
         cmi.write_whole(tmp_path / f"fold00{end}.txt", text)
     with pytest.raises(ValueError, match="is not a LightGBM model"):
         cmi.load_lgbm(tmp_path, ["fold00"], np.array([[0, 0, 0]]), CFG)
+
+
+def test_balanced_weights_give_every_class_the_same_sum() -> None:
+    target = np.array([3] * 6 + [0] * 2 + [7])
+    weight = cmi.balanced_weights(target)
+    sums = [weight[target == k].sum() for k in (0, 3, 7)]
+    np.testing.assert_allclose(sums, [3, 3, 3])
+    assert weight.sum() == pytest.approx(9), "the mean weight is one"

@@ -58,3 +58,23 @@ def test_with_few_subjects_nobody_is_turned(rec: cmi.Recordings) -> None:
     assert wearer is None
     off, _ = cmi.find_turned(rec, np.arange(len(rec)) % 2, cmi.Config(upside_down=False))
     assert not off.any()
+
+
+def test_nobody_is_judged_by_a_model_that_saw_their_fold(
+    rec: cmi.Recordings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = cmi.Config(n_folds=4)
+    fold = cmi.make_folds(rec.subject, cfg)
+    size = np.abs(cmi.odd_features(upright(rec)))  # a row, whichever its sign
+    seen, fit = [], cmi.fit_wearer
+
+    def spy(odd: cmi.F64) -> dict[str, list[float]]:
+        seen.append(np.abs(odd))
+        return fit(odd)
+
+    monkeypatch.setattr(cmi, "fit_wearer", spy)
+    cmi.find_turned(rec, fold, cfg)
+    assert len(seen) == 2 * 4 + 1, "two rounds over the folds, then the model for new wearers"
+    for i, rows in enumerate(seen[:-1]):
+        np.testing.assert_array_equal(rows, size[fold != i % 4])
+    np.testing.assert_array_equal(seen[-1], size)
