@@ -95,6 +95,18 @@ def test_a_blend_mixes_gestures_by_weight() -> None:
     np.testing.assert_allclose(mixed.sum(axis=1), 1, atol=1e-5)
 
 
+def test_a_blend_keeps_the_plain_mean_within_a_gesture() -> None:
+    """However gestures are mixed, a gesture's labels share it as in the weighted mean."""
+    a, b = composites(20, 0), composites(20, 1)
+    blend = cmi.Blend(("lgbm/all", "torch/all"), (0.3, 0.7), "temperature", (0.5, 2.0))
+    mixed = blend.mix({"lgbm/all": a, "torch/all": b}, TABLE)
+    plain = 0.3 * a + 0.7 * b
+    for gesture in (0, 3, 9):
+        own = TABLE[:, 2] == gesture
+        shares = [p[:, own] / p[:, own].sum(axis=1, keepdims=True) for p in (mixed, plain)]
+        np.testing.assert_allclose(*shares, atol=1e-5)
+
+
 def test_an_absent_part_is_left_out_and_the_rest_renormalised() -> None:
     parts = ("lgbm/all", "torch/all", "keras/all")
     blend = cmi.Blend(parts, (0.2, 0.3, 0.5), "temperature", (1.0, 1.3, 0.7))

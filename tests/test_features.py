@@ -447,6 +447,14 @@ def test_some_recordings_can_be_taken(patchy):
         assert_array_equal(some.tof[own], patchy.tof[rows])
 
 
+def test_frames_across_borders_are_those_alone(patchy):
+    """Each recording by itself has the rows that it has among others, to the last bit."""
+    together = cmi.make_frames(patchy)
+    for i in range(len(patchy)):
+        rows = slice(patchy.start[i], patchy.start[i + 1])
+        assert_array_equal(cmi.make_frames(alone(patchy, i)).x, together.x[rows])
+
+
 # ---- what networks take ------------------------------------------------------------------------
 
 

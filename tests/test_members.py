@@ -18,6 +18,7 @@ import cmi_pipeline as cmi
 
 N, L = 24, 4
 SEEN = 0  # the label it gives to a recording that it was trained on
+ENDS = (".txt",)  # what it writes for each fold
 
 
 def prepare(inputs: cmi.Inputs, mode: str) -> cmi.Table:
@@ -27,13 +28,13 @@ def prepare(inputs: cmi.Inputs, mode: str) -> cmi.Table:
     return cmi.Table((f"number_{mode}",), np.array(number, np.float32), none.astype(np.uint8), none)
 
 
-def fit(job: cmi.Job, x: cmi.Table, labels: cmi.Labels, cfg: cmi.Config) -> dict[str, Any]:
+def fit(job: cmi.Job, x: cmi.Table, *_: object) -> dict[str, Any]:
     shown = {"rows": x.x[job.train, 0].tolist(), "seed": job.seed}
     cmi.write_json(job.folder / f"{job.stem}.txt", shown)
     return {}
 
 
-def load(folder: Path, stems: Sequence[str], table: cmi.I64, cfg: cmi.Config) -> list[Any]:
+def load(folder: Path, stems: Sequence[str], *_: object) -> list[Any]:
     return [json.loads((folder / f"{stem}.txt").read_text()) for stem in stems]
 
 
@@ -49,7 +50,7 @@ def predict(model: list[Any], x: cmi.Table) -> cmi.F32:
 @pytest.fixture
 def cfg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> cmi.Config:
     monkeypatch.setattr(cmi, "KAGGLE_INPUT", tmp_path / "nothing")
-    parrot = cmi.Member(("numpy",), (".txt",), prepare, fit, load, predict, 1.0, ("all",))
+    parrot = cmi.Member(("numpy",), ENDS, prepare, fit, load, predict, 1.0, ("all",))
     monkeypatch.setattr(cmi, "MEMBERS", {"torch": parrot})
     return cmi.Config(output_path=tmp_path / "out", n_folds=2, torch_seeds=2, strict=True)
 
@@ -77,6 +78,12 @@ def trained(cfg: cmi.Config) -> cmi.Study:
     cmi.train_members(cmi.make_plan(study, cfg), study, cfg)
     assert step_of(study, cfg).action == "reuse"
     return study
+
+
+def test_a_job_cannot_be_scored_on_what_it_learnt(tmp_path: Path) -> None:
+    rows = np.arange(5)
+    with pytest.raises(AssertionError, match="overlap"):
+        cmi.Job("torch", "all", 0, 0, rows, rows[4:], tmp_path, tmp_path, tmp_path)
 
 
 def test_no_recording_is_scored_by_a_model_that_saw_its_wearer(cfg: cmi.Config) -> None:
@@ -152,7 +159,7 @@ def test_a_training_that_fails_takes_its_former_note_along(
     with pytest.raises(RuntimeError, match="planted"):
         cmi.run_job(job, study, cfg)
     assert not job.note.exists()
-    assert cmi.usable_models(cfg.out / "torch_models") == {}
+    assert cmi.usable_models(cfg.out / "torch_models", ENDS) == {}
 
 
 def test_threads_side_by_side_leave_the_same_files(cfg: cmi.Config) -> None:
@@ -174,19 +181,16 @@ def test_a_bundle_cannot_name_files_elsewhere(cfg: cmi.Config, name: Any) -> Non
     bundle["modes"]["all"][0] = name
     path.write_text(json.dumps(bundle))
     with pytest.raises(cmi.DataError, match="names files that no run writes"):
-        cmi.usable_models(path.parent)
+        cmi.usable_models(path.parent, ENDS)
 
 
-def test_a_note_cannot_name_a_file_elsewhere(cfg: cmi.Config) -> None:
+@pytest.mark.parametrize("files", [{}, {".txt": "", "/../../../secret.txt": ""}, None, [".txt"]])
+def test_a_note_names_exactly_the_files_of_its_member(cfg: cmi.Config, files: Any) -> None:
     trained(cfg)
-    secret = cfg.out / "secret.txt"
-    secret.write_text("x")
     note = cfg.out / "torch_models" / "all" / "fold00.json"
-    content = json.loads(note.read_text())
-    content["files"]["/../../../secret.txt"] = cmi.digest(secret.read_bytes())
-    note.write_text(json.dumps(content))
-    with pytest.raises(cmi.DataError, match="names a file elsewhere"):
-        cmi.usable_models(cfg.out / "torch_models")
+    note.write_text(json.dumps(json.loads(note.read_text()) | {"files": files}))
+    with pytest.raises(cmi.DataError, match=r"does not name the files fold00\.txt"):
+        cmi.usable_models(cfg.out / "torch_models", ENDS)
 
 
 def test_of_two_bundles_the_one_that_the_weights_were_found_for_is_taken(

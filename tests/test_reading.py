@@ -245,6 +245,18 @@ def test_a_half_written_cache_is_not_read(folder: Path, tmp_path: Path) -> None:
     assert cmi.cached_recordings(folder, cfg)[1] == mark
 
 
+def test_a_changed_byte_of_the_cache_is_noticed(folder: Path, tmp_path: Path) -> None:
+    cfg = cmi.Config(output_path=tmp_path / "out")
+    first, mark = cmi.cached_recordings(folder, cfg)
+    (cache,) = (cfg.checkpoints / "cache").glob("recordings-*")
+    raw = bytearray((cache / "thm.npy").read_bytes())
+    raw[-1] ^= 1  # still an array of numbers
+    (cache / "thm.npy").write_bytes(raw)
+    again, same_mark = cmi.cached_recordings(folder, cfg)
+    assert same_mark == mark
+    np.testing.assert_array_equal(again.thm, first.thm)
+
+
 def test_an_empty_recording_is_refused(folder: Path) -> None:
     rec = cmi.read_train(folder)
     start = rec.start.copy()

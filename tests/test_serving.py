@@ -39,7 +39,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., cmi.Predictor]:
     """A predictor whose models of each mode answer by a rule of what reaches them; two folds."""
 
     def make(rules: dict[str, Rule], wearer: Any = None, **settings: Any) -> cmi.Predictor:
-        def prepare(inputs: cmi.Inputs, mode: str) -> cmi.Recordings:
+        def prepare(inputs: cmi.Inputs, _: str) -> cmi.Recordings:
             return inputs.rec
 
         def predict(rule: Rule, rec: cmi.Recordings) -> cmi.F32:
@@ -161,7 +161,7 @@ def test_each_wearer_gets_each_label_once(
 
 
 def test_evidence_of_a_turned_device_adds_up_over_its_wearers_recordings(
-    serve: Callable[..., cmi.Predictor], rec: cmi.Recordings
+    serve: Callable[..., cmi.Predictor],
 ) -> None:
     """Weak evidence: one recording is not enough, two are; each counts once; wearers are apart."""
     odd = cmi.odd_features(recordings([40], seed=4))

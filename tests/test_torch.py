@@ -216,6 +216,31 @@ def test_losses_are_those_of_torch():
     torch.testing.assert_close(focal, (-((1 - p) ** 2) * p.log()).mean())
 
 
+def test_padding_has_no_part_in_the_loss():
+    """Whatever the network says about the phase of steps that are padding."""
+    rng = torch.Generator().manual_seed(5)
+    table = torch.tensor(TABLE)
+    n = (18, len(TABLE), 4, 2)
+    heads = [torch.randn(2, k, generator=rng) for k in n]
+    label = torch.softmax(torch.randn(2, len(TABLE), generator=rng), 1)
+    phase, truth = torch.randn(2, 5, generator=rng), torch.rand(2, 5, generator=rng)
+    sides = [
+        (table[:, i : i + 1] == torch.arange(k)).float()
+        for i, k in zip((2, 1, 0), (18, 4, 2), strict=True)
+    ]
+    length = torch.tensor([40, 17])  # five steps, and three
+    batch = cmi.Batch(torch.zeros(2, 40, 1), None, length, label, truth)
+
+    def loss(phase):
+        return cmi.torch_loss((*heads, phase), batch, torch.cat(sides, 1), config())
+
+    told = phase.clone()
+    told[1, 3:] += 9
+    torch.testing.assert_close(loss(told), loss(phase), rtol=0, atol=0)
+    told[1, 2] += 9
+    assert (loss(told) - loss(phase)).abs() > 0.01
+
+
 def test_the_schedule_is_torchs_one_cycle():
     weight = torch.nn.Parameter(torch.zeros(1))
     theirs = torch.optim.AdamW([weight], lr=1)
