@@ -2,6 +2,7 @@
 
     python tests/benchmark_torch.py            # about half an hour on two idle cores
     python tests/benchmark_torch.py --speed    # batches and serving only, about a minute
+    python tests/benchmark_torch.py --defaults # what other settings score, about a quarter of an hour
 
 Scores are out-of-fold on simulated recordings: 24 subjects, half of the protocol each, two of four
 folds. "assigned" lets each subject's recordings take every composite label once. The baselines see
@@ -165,6 +166,34 @@ def scores(cfg: cmi.Config) -> dict[str, dict[str, float]]:
     return found
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "early stopping, patience 6": {"torch_es_patience": 6},
+    "batch 64": {"torch_batch_size": 64},
+    "no averaged weights": {"torch_ema": 0.0},
+    "no mixup": {"torch_mixup_prob": 0.0},
+    "no stretch, shift, turn, mixup, masks": {
+        f"torch_{name}_prob": 0.0
+        for name in ("mixup", "stretch", "shift", "rotate", "time_mask", "channel_mask")
+    },
+    "focal loss": {"use_focal_loss": True},
+}
+
+
+def defaults(cfg: cmi.Config) -> dict[str, dict[str, float]]:
+    """What one other setting at a time scores, all sensors."""
+    rec = simulated()
+    frames, found = cmi.make_frames(rec), {}
+    for name, changes in VARIANTS.items():
+        row = fold_scores(rec, frames, "all", "ours", dataclasses.replace(cfg, **changes))
+        found[name] = row
+        print(
+            f"{name:<40} {row['score']:7.3f} {row['assigned']:9.3f} {row['cpu_secs']:7.0f}",
+            flush=True,
+        )
+    return found
+
+
 # Speed ------------------------------------------------------------------------------------------
 
 
@@ -246,4 +275,7 @@ def run(*, only_speed: bool = False) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(only_speed="--speed" in sys.argv)))
+    if "--defaults" in sys.argv:
+        print(json.dumps(defaults(cmi.Config(n_folds=FOLDS, save_jsonl=False))))
+    else:
+        print(json.dumps(run(only_speed="--speed" in sys.argv)))
