@@ -13,6 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 import cmi_pipeline as cmi
 
 SETTINGS = {"SIM_SUBJECTS": "12", "SIM_TEST_SUBJECTS": "1", "SIM_RECORDINGS": "40", "N_FOLDS": "4",
