@@ -5388,8 +5388,27 @@ def run_side_by_side(
     import joblib
 
     born = time.time() - (time.monotonic() - STARTED)  # by the clock that machines share
-    with joblib.parallel_config(**backend, n_jobs=at_once):
+    with watched(jobs, cfg), joblib.parallel_config(**backend, n_jobs=at_once):
         joblib.Parallel()(joblib.delayed(run_job_away)(job, study, cfg, born) for job in jobs)
+
+
+@contextlib.contextmanager
+def watched(jobs: Sequence[Job], cfg: Config) -> Iterator[None]:
+    """Tell how many jobs are done: the lines of workers on another machine are not seen here."""
+    over = threading.Event()
+
+    def watch() -> None:
+        with Progress("jobs", len(jobs), 1, cfg) as progress:
+            while not over.wait(1):
+                progress.step(sum(job.note.exists() for job in jobs) - progress.done)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def run_job_away(job: Job, study: Study, cfg: Config, born: float) -> None:
