@@ -386,7 +386,7 @@ class Progress:
         before, self.done, now = self.done, self.done + n, time.monotonic()
         if self.bar:
             self.bar.update(n)
-        due = self.done // self.every > before // self.every or self.done >= self.total
+        due = self.done // self.every > before // self.every or before < self.total <= self.done
         if self.bar or not (due or now - self.told > SILENCE):
             return
         self.told = now

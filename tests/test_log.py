@@ -7,9 +7,12 @@ import select
 import subprocess
 import sys
 import termios
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import cmi_pipeline as cmi
@@ -102,3 +105,20 @@ def test_on_a_terminal_a_bar_stands_in_for_the_lines(tqdm: str, bar: bool) -> No
     os.close(theirs)
     assert ("steps:" in drawn and "/5 " in drawn) == bar
     assert len(done.stdout.splitlines()) == (0 if bar else 5)
+
+
+def test_jobs_of_workers_elsewhere_are_counted_by_their_notes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nobody = np.empty(0, np.int64)
+    jobs = [
+        cmi.Job("lgbm", "all", 0, k, nobody, nobody, tmp_path, tmp_path, tmp_path) for k in (0, 1)
+    ]
+    threads = threading.active_count()
+    with cmi.watched(jobs, cmi.Config()):
+        for job in jobs:
+            job.note.write_text("{}")
+            time.sleep(1.6)
+        time.sleep(1.2)
+    assert [line["done"] for line in lines(capsys)] == ["1/2", "2/2"]
+    assert threading.active_count() == threads
