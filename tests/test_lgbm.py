@@ -1,6 +1,7 @@
 """The LightGBM member on tiny tables: its composites, its trees at once, its choice of features."""
 
 import json
+import re
 from pathlib import Path
 
 import lightgbm as lgb
@@ -83,19 +84,17 @@ def test_composites_are_the_product_within_a_gesture(
         lgb.Booster(model_file=str(folder / "all" / f"fold01{end}.txt")).predict(rows.x)
         for end in ("", "_orientation", "_behavior")
     ]
-    slow = np.zeros((7, len(labels.table)))
-    for i in range(7):
-        for j, (b, o, g) in enumerate(labels.table):
-            same = [(x, y) for x, y, z in labels.table if z == g]
-            slow[i, j] = (
-                parts[0][i, g]
-                * parts[1][i, o]
-                * parts[2][i, b]
-                / sum(parts[1][i, y] * parts[2][i, x] for x, y in same)
-            )
-        slow[i] /= slow[i].sum()
-    model = cmi.load_lgbm(folder / "all", ["fold01"], labels.table, CFG)
-    np.testing.assert_allclose(cmi.predict_lgbm(model, rows)[0], slow, atol=1e-6)
+    uneven = labels.table[np.random.default_rng(4).random(len(labels.table)) < 0.4]
+    for known in (labels.table, uneven):  # gestures with as many labels each, or not
+        slow = np.zeros((7, len(known)))
+        for i in range(7):
+            for j, (b, o, g) in enumerate(known):
+                same = [(x, y) for x, y, z in known if z == g]
+                sides = sum(parts[1][i, y] * parts[2][i, x] for x, y in same)
+                slow[i, j] = parts[0][i, g] * parts[1][i, o] * parts[2][i, b] / sides
+            slow[i] /= slow[i].sum()
+        model = cmi.load_lgbm(folder / "all", ["fold01"], known, CFG)
+        np.testing.assert_allclose(cmi.predict_lgbm(model, rows)[0], slow, atol=1e-6)
 
 
 def test_all_trees_at_once_answer_as_lightgbm(fitted: tuple[Path, cmi.Table, cmi.Labels]) -> None:
@@ -124,7 +123,11 @@ def test_a_value_on_a_threshold_goes_the_same_way() -> None:
     )
     forest = cmi.plant([booster.model_to_string()], 4)
     assert forest is not None
-    for row in np.float32(x[:100]).astype(np.float64):
+    exact = re.findall(r"^threshold=(.*)$", booster.model_to_string(), re.MULTILINE)
+    below = np.unique(np.array(" ".join(exact).split(), np.float64)).astype(np.float32)
+    ends = [np.nextafter(below, np.float32(way)) for way in (-np.inf, np.inf)]
+    edges = np.repeat(np.concatenate([below, *ends])[:, None], 4, axis=1)
+    for row in np.concatenate([np.float32(x[:100]), edges]).astype(np.float64):
         np.testing.assert_allclose(
             cmi.softmax(forest.raw(row)), booster.predict(row[None])[0], atol=1e-12
         )
@@ -272,3 +275,19 @@ def test_balanced_weights_give_every_class_the_same_sum() -> None:
     sums = [weight[target == k].sum() for k in (0, 3, 7)]
     np.testing.assert_allclose(sums, [3, 3, 3])
     assert weight.sum() == pytest.approx(9), "the mean weight is one"
+
+
+@pytest.mark.parametrize("metric", ["logloss", "score"])
+def test_what_is_written_ends_with_the_best_round(tmp_path: Path, metric: str) -> None:
+    """The best by the metric asked for; trees grown in the hope of better ones are left out."""
+    table, labels = tiny()
+    settings = {"lgbm_rounds": 300, "lgbm_lr": 0.3, "lgbm_es_rounds": 7, "log_every_steps": 1}
+    cfg = cmi.dataclasses.replace(CFG, **settings, lgbm_es_metric=metric)
+    info = cmi.fit_lgbm(a_job(tmp_path), table, labels, cfg)
+    lines = (tmp_path / "logs" / "lgbm_progress.jsonl").read_text().splitlines()
+    told = [json.loads(line) for line in lines]
+    assert len(told) < 300, "it stopped early"
+    worse = [-t["score"] if metric == "score" else t["multi_logloss"] for t in told]
+    assert info["rounds"] == int(np.argmin(worse)) + 1 == len(told) - 7
+    text = (tmp_path / "all" / "fold01.txt").read_text()
+    assert text.count("Tree=") == 18 * info["rounds"]

@@ -1,5 +1,7 @@
 """Section 5: motion against known poses, known physics and scipy's Rotation."""
 
+import itertools
+
 import numpy as np
 import pytest
 import reference
@@ -200,6 +202,22 @@ def test_without_rotation_gravity_is_guessed():
     assert np.degrees(np.arccos(np.clip(cosine, -1, 1))).max() < 8
     assert np.isnan(m.omega).all()
     assert np.isfinite(m.linear).all()
+
+
+def test_the_median_stays_within_its_recording():
+    """Against a loop, for neighbours of which none has a rotation; with a gap."""
+    lengths = [20, 3, 40, 1]
+    acc = np.random.default_rng(6).normal([0, 3, 8], 4, (64, 3))
+    acc[30:33] = np.nan
+    start = np.r_[0, np.cumsum(lengths)]
+    slow = np.empty_like(acc)
+    for a, b in itertools.pairwise(start):
+        for row in range(a, b):
+            median = np.nanmedian(acc[max(a, row - 7) : min(b, row + 8)], axis=0)
+            slow[row] = median / np.linalg.norm(median)
+    assert_allclose(cmi.slow_direction(acc, start), slow, rtol=1e-12)
+    blind = np.full((64, 4), np.nan)
+    assert_allclose(cmi.up_direction(acc, blind, start), slow, rtol=1e-12)
 
 
 # ---- borders -----------------------------------------------------------------------------------

@@ -52,10 +52,13 @@ def test_subjects_that_were_turned_are_found(rec: cmi.Recordings) -> None:
 
 
 def test_with_few_subjects_nobody_is_turned(rec: cmi.Recordings) -> None:
-    few = rec.part(0, 40)
-    turned, wearer = cmi.find_turned(few, np.arange(40) % 2, cmi.Config())
-    assert not turned.any()
-    assert wearer is None
+    seven = np.flatnonzero(np.isin(rec.subject, np.unique(rec.subject)[:7]))  # all they recorded
+    sparse = np.arange(100)  # of all wearers
+    for some in (seven, sparse):
+        few = cmi.selection(rec, some)
+        turned, wearer = cmi.find_turned(few, np.arange(len(few)) % 2, cmi.Config())
+        assert not turned.any()
+        assert wearer is None
     off, _ = cmi.find_turned(rec, np.arange(len(rec)) % 2, cmi.Config(upside_down=False))
     assert not off.any()
 
