@@ -154,6 +154,17 @@ def test_batch_norm_leaves_padding_out(training):
     torch.testing.assert_close(ours.running_var, theirs.running_var)
 
 
+def test_a_network_that_is_learning_is_asked_as_it_will_be_served():
+    """Without dropout and with the norms' running statistics, whatever it was doing before."""
+    frames = frames_with_gaps([40, 25, 31])
+    spec = spec_of(frames)
+    net = fresh_net(spec, dropout=0.5)
+    store, batch = batch_of(frames, spec)
+    served = cmi.composite_proba(logits(net, batch), net.head.belongs).numpy()
+    asked = cmi.ask(net.train(), store, np.arange(3))
+    np.testing.assert_allclose(asked, served, atol=1e-6)
+
+
 def test_time_is_halved_without_looking_at_padding():
     block = cmi.block_class()(3, 8).eval()
     x, mask = torch.randn(1, 3, 6), torch.ones(1, 1, 6)
@@ -332,6 +343,19 @@ def test_stretching_never_reads_the_neighbour_whatever_the_rounding():
     assert (cmi.make_batch(store, d).rows == 1).all()
 
 
+def test_a_plain_recording_among_stretched_ones_takes_no_gap_from_its_neighbour():
+    """What is missing in the row before the first is no row of this recording."""
+    _, store = bare_store([40, 30])
+    x = store.x.clone()
+    x[:40] = torch.nan
+    store = dataclasses.replace(store, x=x)
+    d = cmi.plain_draw(store, np.array([0, 1]))
+    d.speed, d.length = np.array([1.1, 1], np.float32), np.array([30, 30])
+    rows = cmi.make_batch(store, d).rows
+    assert rows[0, :30].isnan().all()
+    torch.testing.assert_close(rows[1, :30], x[40:])
+
+
 def test_mixup_mixes_rows_and_labels_alike_and_aligns_the_ends():
     frames, store = bare_store([20, 30])
     store = dataclasses.replace(store, phase=torch.zeros(50))
@@ -423,6 +447,9 @@ def test_a_dropped_modality_is_a_recording_without_the_sensor(lose, monkeypatch)
     expected = batch_of(without, spec)[1]
     got = cmi.make_batch(store, d)
     np.testing.assert_array_equal(got.rows.numpy(), expected.rows.numpy())
+    seen = [cmi.make_batch(store, cmi.plain_draw(store, np.arange(2))).images, expected.images]
+    np.testing.assert_array_equal(got.images[0], seen["tof" in lose][0])
+    np.testing.assert_array_equal(got.images[1], seen[0][1])
     net = fresh_net(spec)
     torch.testing.assert_close(logits(net, got)[1], logits(net, expected)[1])
 
