@@ -293,7 +293,7 @@ FAULTS = tuple(Fault(*row) for row in (
     ("padding enters batch norm (Keras)", 'name=f"{name}_norm{n}")(x, mask=steps)', 'name=f"{name}_norm{n}")(x)',
      "keras::test_padding_enters_no_statistic_of_batch_norm"),
     ("gaps are padding (Keras)", "ops.logical_or(ops.flip(later, axis=1) > 0, first)",
-     "ops.logical_or(ops.max(there, axis=-1, keepdims=True) > 0, first)", "keras::test_rows_in_the_middle_are_no_padding"),
+     "ops.logical_or(ops.max(there, axis=-1, keepdims=True) > 0, first)", "keras::test_standardise_against_a_slow_loop"),
     ("attention on padding (Keras)", 'ops.where(real > 0, ops.cast(scores, "float32"), lowest)', 'ops.cast(scores, "float32")',
      "keras::test_attention_weighs_real_rows_only"),
     ("only one head speaks (Keras)", "gain = (own + ops.softmax(gesture, axis=-1))", "gain = (own + own)",
