@@ -321,9 +321,8 @@ FAULTS = tuple(Fault(*row) for row in (
     ("a job learns from its own fold", "np.flatnonzero(self.fold != k), np.flatnonzero(self.fold == k)",
      "np.flatnonzero(self.fold == k), np.flatnonzero(self.fold != k)",
      "members::test_no_recording_is_scored_by_a_model_that_saw_its_wearer"),
-    ("out-of-fold rows by models that saw them", "jobs = [job for job in step.jobs if job.fold == k]",
-     "jobs = [dataclasses.replace(j, fold=k, train=i.train, valid=i.valid) "
-     "for j in step.jobs if j.fold != k for i in step.jobs if i.fold == k and i.seed == j.seed]",
+    ("out-of-fold rows by models that saw them", "model = member.load(step.folder, [job.stem for job in jobs],",
+     "model = member.load(step.folder, [j.stem for j in step.jobs if j.fold != k],",
      "members::test_no_recording_is_scored_by_a_model_that_saw_its_wearer"),
     ("only the first seed counts", "oof[jobs[0].valid] = proba.mean(axis=0)", "oof[jobs[0].valid] = proba[0]",
      "members::test_no_recording_is_scored_by_a_model_that_saw_its_wearer"),
