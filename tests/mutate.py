@@ -366,9 +366,10 @@ FAULTS = tuple(Fault(*row) for row in (
     ("negative weights pass", "if min(weights.values()) < 0 or not", "if not", "blend::test_impossible_weights_are_refused"),
     ("assignment likes the improbable", "self.rows[recording] = -np.log(", "self.rows[recording] = np.log(",
      "blend::test_each_arrival_gets_the_best_joint_label"),
-    ("asking twice answers for another", "self.rows.pop(recording, None)", "pass", "blend::test_asking_twice_takes_one_place"),
+    ("asking twice answers for another", "self.rows.pop(recording, None)", "pass",
+     "blend::test_an_earlier_recording_asked_again_gets_its_own_answer"),
     ("more recordings than labels", "if len(self.rows) > len(self.table):", "if not self.rows:",
-     "blend::test_without_a_solution_the_most_probable_gesture_is_told"),
+     "blend::test_one_recording_more_than_there_are_labels_is_judged_alone"),
     ("all wearers share their labels", "state.setdefault(str(rec.subject[r]),", 'state.setdefault("",',
      "members::test_replayed_wearers_share_no_labels"),
     # ---- serving

@@ -190,6 +190,30 @@ def test_without_a_solution_the_most_probable_gesture_is_told() -> None:
     assert not cmi.Assignment(table).rows
 
 
+def sure(label: int, share: float) -> np.ndarray:
+    """One label with this probability, the others alike."""
+    row = np.full(len(TABLE), (1 - share) / (len(TABLE) - 1), np.float32)
+    row[label] = share
+    return row
+
+
+def test_an_earlier_recording_asked_again_gets_its_own_answer() -> None:
+    state = cmi.Assignment(TABLE)
+    labels = {"A": 0, "B": 4, "C": 11}
+    for name, label in labels.items():
+        assert state.gesture(name, sure(label, 0.9)) == TABLE[label, 2]
+    for name in ("A", "C", "B", "A"):
+        assert state.gesture(name, sure(labels[name], 0.9)) == TABLE[labels[name], 2], name
+
+
+def test_one_recording_more_than_there_are_labels_is_judged_alone() -> None:
+    state = cmi.Assignment(TABLE)
+    for label in range(len(TABLE)):
+        assert state.gesture(f"SEQ_{label}", sure(label, 0.99)) == TABLE[label, 2]
+    assert state.gesture("SEQ_X", sure(0, 0.6)) == TABLE[0, 2]
+    assert state.gesture("SEQ_Y", sure(4, 0.6)) == TABLE[4, 2]
+
+
 def test_weights_survive_json() -> None:
     blend = cmi.Blend(("lgbm/all",), (1.0,), "rank", ([[0.0, 0.5, 1.0]] * 18,))
     again = json.loads(json.dumps(cmi.dataclasses.asdict(blend)))
