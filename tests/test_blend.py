@@ -61,6 +61,12 @@ def test_the_fitted_temperature_undoes_a_known_one() -> None:
     np.testing.assert_allclose(sharper.sum(axis=1), 1, atol=1e-5)
 
 
+def test_half_the_temperature_squares_the_odds() -> None:
+    proba = np.array([[0.8, 0.2]], np.float32)
+    np.testing.assert_allclose(cmi.at_temperature(proba, 0.5), [[16 / 17, 1 / 17]], atol=1e-6)
+    np.testing.assert_allclose(cmi.at_temperature(proba, 2.0), [[2 / 3, 1 / 3]], atol=1e-6)
+
+
 def test_ranks_do_not_depend_on_how_sure_a_part_is() -> None:
     proba, truth = opinions(1, 500, seed=5)
     timid = proba[0] ** 0.3
