@@ -257,7 +257,7 @@ FAULTS = tuple(Fault(*row) for row in (
      "torch::test_mixup_mixes_rows_and_labels_alike_and_aligns_the_ends"),
     ("stretching reads the neighbour", "before = on(d.last)[:, None] - back.long() - (part > 0).long()",
      "before = (on(d.last)[:, None] - back.long() - 1).clamp(min=0)",
-     "torch::test_a_plain_recording_among_stretched_ones_takes_no_gap_from_its_neighbour"),
+     "torch::test_a_stretched_recording_takes_no_gap_from_its_neighbour"),
     ("shift runs out of the recording", "shift = np.minimum(shift, rows - 1)", "pass",
      "torch::test_draws_stay_inside_their_recordings"),
     ("ToF channels never dropped", "np.outer(lose_thm, store.thm) | np.outer(lose_tof, store.near)",

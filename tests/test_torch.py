@@ -343,17 +343,18 @@ def test_stretching_never_reads_the_neighbour_whatever_the_rounding():
     assert (cmi.make_batch(store, d).rows == 1).all()
 
 
-def test_a_plain_recording_among_stretched_ones_takes_no_gap_from_its_neighbour():
-    """What is missing in the row before the first is no row of this recording."""
-    _, store = bare_store([40, 30])
+def test_a_stretched_recording_takes_no_gap_from_its_neighbour():
+    """What is missing in the row before its first is no row of it, however little it weighs."""
+    _, store = bare_store([40, 31])
     x = store.x.clone()
     x[:40] = torch.nan
     store = dataclasses.replace(store, x=x)
-    d = cmi.plain_draw(store, np.array([0, 1]))
-    d.speed, d.length = np.array([1.1, 1], np.float32), np.array([30, 30])
+    d = cmi.plain_draw(store, np.array([0, 1, 1]))
+    d.speed, d.length = np.array([1.1, 1, 1.25], np.float32), np.array([30, 31, 25])
     rows = cmi.make_batch(store, d).rows
     assert rows[0, :30].isnan().all()
-    torch.testing.assert_close(rows[1, :30], x[40:])
+    torch.testing.assert_close(rows[1, :31], x[40:])
+    torch.testing.assert_close(rows[2, :25:4], x[40::5])  # 24 steps of 1.25 rows: the first row
 
 
 def test_mixup_mixes_rows_and_labels_alike_and_aligns_the_ends():
