@@ -2032,8 +2032,9 @@ def echoes(ch: Chunk) -> F64:
     return by_signal(*r[:8], period, strength)
 
 
-EDGES = {"acc_x": (-4, -1, -0.25, 0.25, 1, 4), "omega_mag": (-2, -0.5, -0.1, 0.1, 0.5, 2)}
-EDGES = {"acc_x": EDGES["acc_x"], "acc_y": EDGES["acc_x"], "acc_z": EDGES["acc_x"], **EDGES}
+EDGES = dict.fromkeys(ACC, (-4, -1, -0.25, 0.25, 1, 4)) | {
+    "omega_mag": (-2, -0.5, -0.1, 0.1, 0.5, 2)
+}
 BINS = {f"step_bin{i}": "1" for i in range(1, 8)}
 
 
@@ -3407,7 +3408,9 @@ def plain_draw(store: Store, which: I64) -> Draw:
     )  # fmt: skip
 
 
-STRETCH, SHIFT, TURN, GAP, LOSS, MIX = 0.15, 6, 0.15, 12, 0.1, 0.4  # how far augmentation goes
+STRETCH = 0.1  # a recording is played up to this much faster or slower; both kinds of networks
+TURN = 0.15  # rad, spread of the wristband's rotation about each axis; both
+SHIFT, GAP, LOSS, MIX = 6, 12, 0.1, 0.4  # rows, rows, share of channels, parameter of the beta law
 
 
 def augmented_draw(
@@ -4408,8 +4411,6 @@ def connect_layers(spec: KerasSpec) -> Any:
 # step s, the shuffle of its epoch, stretches, turns and lost sensors, follows from s and the seed.
 
 # %%
-STRETCH = 0.1  # a recording is played up to this much faster or slower
-TURN = 0.15  # rad, spread of the wristband's rotation about each axis
 VALID_CHUNK = 512  # recordings asked about at once
 
 

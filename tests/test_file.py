@@ -102,6 +102,19 @@ def test_no_pickle_is_ever_loaded() -> None:
     assert "safe_mode=False" not in SOURCE
 
 
+def test_no_name_of_the_file_is_given_twice() -> None:
+    """A constant that a later section gives another value changes what an earlier one does."""
+    given: list[str] = []
+    for node in ast.parse(SOURCE).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            given.append(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            given += [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
+    assert len(given) > 500
+    assert sorted(n for n in set(given) if given.count(n) > 1) == []
+
+
 def test_functions_stay_short() -> None:
     long = {
         f"{n.name}, line {n.lineno}": n.end_lineno - n.lineno + 1
