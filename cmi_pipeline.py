@@ -3148,31 +3148,68 @@ STEM_WIDTH = {"acc": 32, "rot": 32, "motion": 32, "thm": 16}  # ToF sensors: TOF
 TOF_WIDTH = IMAGE_WIDTH = 16
 
 
+def with_presence(values: torch.Tensor, holes: torch.Tensor) -> torch.Tensor:
+    """Channels of a group and how much of it is there. (B, T, C) twice → (B, C + 1, T)"""
+    import torch
+
+    there = 1 - holes.float().mean(2, keepdim=True)
+    return torch.cat([values, there], 2).transpose(1, 2)
+
+
 @functools.cache
-def trunk_class() -> type[torch.nn.Module]:
+def stems_class() -> type[torch.nn.Module]:
     import torch
     from torch import Tensor, nn
     from torch.nn import functional as F
 
+    class Stems(nn.Module):
+        """Each group of channels, with its presence and its images, through a convolution of its own."""
+
+        def __init__(self, spec: NetSpec) -> None:
+            super().__init__()
+            names = [name for name, _ in spec.groups]
+            self.sizes = [len(channels) for _, channels in spec.groups]
+            self.seeing = [spec.tof_images and name.startswith("tof_") for name in names]
+            self.image = image_class()(IMAGE_WIDTH) if any(self.seeing) else None
+            widths = [STEM_WIDTH.get(name, TOF_WIDTH) for name in names]
+            self.convolutions = nn.ModuleList(
+                nn.Conv1d(1 + size + IMAGE_WIDTH * sees, width, 5, padding=2, bias=False)
+                for size, sees, width in zip(self.sizes, self.seeing, widths, strict=True)
+            )
+            self.width = sum(widths)
+            self.norm = masked_norm_class()(self.width)
+
+        def forward(self, known: Tensor, gone: Tensor, images: Any, mask: Tensor) -> Tensor:
+            # (B, T, C) twice, (B, T, 5, 8, 8), (B, 1, T) → (B, W, T)
+            pictures = iter(() if self.image is None else self.image(images).unbind(1))
+            groups, out = (
+                zip(known.split(self.sizes, 2), gone.split(self.sizes, 2), strict=True),
+                [],
+            )
+            for stem, sees, group in zip(self.convolutions, self.seeing, groups, strict=True):
+                h = with_presence(*group)
+                h = torch.cat([h, next(pictures)], 1) if sees else h
+                out.append(stem(h * mask))
+            return F.silu(self.norm(torch.cat(out, 1), mask))
+
+    return Stems
+
+
+@functools.cache
+def trunk_class() -> type[torch.nn.Module]:
+    import torch
+    from torch import Tensor, nn
+
     class Trunk(nn.Module):
-        """Standardised groups, each through its own stem; together through the blocks."""
+        """Standardised rows through the stems, then together through the blocks."""
 
         def __init__(self, spec: NetSpec, widths: Sequence[int]) -> None:
             super().__init__()
-            names = [name for name, _ in spec.groups]
-            sizes = [len(channels) for _, channels in spec.groups]
-            self.sizes, self.pad_len = sizes, spec.pad_len
-            self.seeing = [spec.tof_images and name.startswith("tof_") for name in names]
-            self.register_buffer("mean", torch.zeros(sum(sizes)))
-            self.register_buffer("sd", torch.ones(sum(sizes)))
-            self.image = image_class()(IMAGE_WIDTH) if any(self.seeing) else None
-            out = [STEM_WIDTH.get(name, TOF_WIDTH) for name in names]
-            self.stems = nn.ModuleList(
-                nn.Conv1d(1 + size + IMAGE_WIDTH * sees, width, 5, padding=2, bias=False)
-                for size, sees, width in zip(sizes, self.seeing, out, strict=True)
-            )
-            self.norm = masked_norm_class()(sum(out))
-            ins = (sum(out) + 1, *widths[:-1])
+            self.pad_len = spec.pad_len
+            self.register_buffer("mean", torch.zeros(len(spec.channels)))
+            self.register_buffer("sd", torch.ones(len(spec.channels)))
+            self.stems = stems_class()(spec)
+            ins = (self.stems.width + 1, *widths[:-1])
             self.blocks = nn.ModuleList(
                 block_class()(a, b) for a, b in zip(ins, widths, strict=True)
             )
@@ -3185,17 +3222,7 @@ def trunk_class() -> type[torch.nn.Module]:
             mask = (to_end >= 0).float()[:, None]  # (B, 1, T)
             gone = rows.isnan()
             known = ((rows - self.mean) / self.sd).masked_fill(gone, 0.0)
-            seen = None if self.image is None else self.image(images)  # (B, 5, W, T)
-            stems, sensor = [], 0
-            pieces = zip(known.split(self.sizes, 2), gone.split(self.sizes, 2), strict=True)
-            for stem, sees, (values, holes) in zip(self.stems, self.seeing, pieces, strict=True):
-                there = 1 - holes.float().mean(2, keepdim=True)  # (B, T, 1) presence of the group
-                h = torch.cat([values, there], 2).transpose(1, 2)
-                if sees and seen is not None:
-                    h = torch.cat([h, seen[:, sensor]], 1)
-                    sensor += 1
-                stems.append(stem(h * mask))
-            h = F.silu(self.norm(torch.cat(stems, 1), mask))
+            h = self.stems(known, gone, images, mask)
             h = torch.cat([h, to_end[:, None] / self.pad_len * mask], 1)  # the gesture comes last
             for block in self.blocks:
                 h, mask = block(h, mask)
@@ -3230,6 +3257,15 @@ def memory_class() -> type[torch.nn.Module]:
     return Memory
 
 
+def label_parts(spec: NetSpec) -> torch.Tensor:
+    """Which gesture, orientation and behavior each label stands for, one-hot. → (L, K + 4 + 2)"""
+    import torch
+
+    table, sizes = torch.tensor(spec.table), (len(GESTURES), len(ORIENTATIONS), 2)
+    columns = zip((2, 1, 0), sizes, strict=True)  # of the table: gesture, orientation, behavior
+    return torch.cat([(table[:, k : k + 1] == torch.arange(n)).float() for k, n in columns], 1)
+
+
 @functools.cache
 def head_class() -> type[torch.nn.Module]:
     import torch
@@ -3248,14 +3284,9 @@ def head_class() -> type[torch.nn.Module]:
             self.guidance = nn.Parameter(torch.ones(()))  # how much the phase says about the rank
             self.parts = (len(GESTURES), len(spec.table), len(ORIENTATIONS), 2)
             self.out = nn.Linear(2 * n_in, sum(self.parts))
-            table, sides = torch.tensor(spec.table), (2, 1, 0)  # gesture, orientation, behavior
-            sizes = (len(GESTURES), len(ORIENTATIONS), 2)
-            of = [
-                (table[:, k : k + 1] == torch.arange(n)).float()
-                for k, n in zip(sides, sizes, strict=True)
-            ]
-            self.register_buffer("belongs", of[0], persistent=False)  # (L, K)
-            self.register_buffer("parts_of", torch.cat(of, 1), persistent=False)  # (L, K + 4 + 2)
+            parts_of = label_parts(spec)  # (L, K + 4 + 2)
+            self.register_buffer("belongs", parts_of[:, : len(GESTURES)], persistent=False)
+            self.register_buffer("parts_of", parts_of, persistent=False)
 
         def forward(self, h: Tensor, mask: Tensor, noise: torch.Generator | None) -> Outputs:
             # (B, T, D), (B, 1, T) → logits of gesture, label, orientation, behavior, phase (B, T)
@@ -4148,7 +4179,6 @@ def silent_stderr() -> Iterator[None]:
 
 @functools.cache
 def standardise_class() -> type[Any]:
-    """First layer. Defined on first use, as the others, so importing this file imports no Keras."""
     import keras
     from keras import ops
 
@@ -4173,21 +4203,50 @@ def standardise_class() -> type[Any]:
             there = ops.logical_not(ops.isnan(rows))
             z = ops.clip((rows - self.mean) / self.scale, -8.0, 8.0)
             z, there = ops.where(there, z, ops.zeros_like(z)), ops.cast(there, "float32")
-            branches: dict[bool, list[Any]] = {False: [], True: []}  # IMU; ToF and THM
+            branches: tuple[list[Any], list[Any]] = ([], [])  # IMU; ToF and THM
             i = 0
             for name, channels in self.groups:
                 own = slice(i, i := i + len(channels))
-                flag = ops.max(there[..., own], axis=-1, keepdims=True)
-                branches[name.startswith(("thm", "tof"))] += [z[..., own], flag]
-            later = ops.cumsum(ops.flip(ops.max(there, axis=-1, keepdims=True), axis=1), axis=1)
+                parts = [z[..., own], ops.max(there[..., own], axis=-1, keepdims=True)]
+                branches[name.startswith(("thm", "tof"))] += parts
+            later = ops.cumsum(ops.flip(ops.max(there, -1, keepdims=True), 1), axis=1)
             first = ops.reshape(ops.arange(rows.shape[1]) == 0, (1, -1, 1))
             real = ops.cast(ops.logical_or(ops.flip(later, axis=1) > 0, first), "float32")
-            return [*(ops.concatenate(own, axis=-1) for own in branches.values() if own), real]
+            return [*(ops.concatenate(own, axis=-1) for own in branches if own), real]
 
         def get_config(self) -> dict[str, Any]:
             return {**super().get_config(), "groups": self.groups}
 
     return Standardise
+
+
+def both_ways(x: Any) -> Any:
+    """Steps first, forward and backward side by side. (B, T, C) → (T, 2, B, C)"""
+    from keras import ops
+
+    x = ops.transpose(x, (1, 0, 2))
+    return ops.stack([x, ops.flip(x, 0)], axis=1)
+
+
+def lstm_step(enter: Any, h: Any, c: Any, kernel: Any) -> tuple[Any, Any]:
+    """One step of an LSTM both ways: (2, B, 4 · U), (2, B, U) twice, (2, U, 4 · U) → h, c"""
+    from keras import ops
+
+    u = h.shape[-1]
+    gates = enter + ops.matmul(h, kernel)  # in, forget, out, new
+    taken, kept, told = ops.split(ops.sigmoid(gates[..., : 3 * u]), 3, axis=-1)
+    c = kept * c + taken * ops.tanh(gates[..., 3 * u :])
+    return told * ops.tanh(c), c
+
+
+def gru_step(enter: Any, g: Any, kernel: Any) -> Any:
+    """One step of a GRU both ways: (2, B, 3 · U), (2, B, U), (2, U, 3 · U) → g"""
+    from keras import ops
+
+    u, own = g.shape[-1], ops.matmul(g, kernel)  # (2, B, 3 · U): keep, reset, new
+    kept, reset = ops.split(ops.sigmoid(enter[..., : 2 * u] + own[..., : 2 * u]), 2, axis=-1)
+    new = ops.tanh(enter[..., 2 * u :] + reset * own[..., 2 * u :])
+    return new + kept * (g - new)
 
 
 @functools.cache
@@ -4199,9 +4258,8 @@ def recurrent_class() -> type[Any]:
     class BiLstmGru(keras.layers.Layer):
         """An LSTM and a GRU side by side, both ways: (B, T, C), (B, T, 1) → (B, T, 4 · units).
 
-        One loop runs all four; forward and backward are stacked. What enters is zero in padding and
-        the GRU has no recurrent bias, so a state at rest stays at rest: padding, which comes first
-        on the way back, changes nothing.
+        One loop runs all four. What enters is zero in padding and the GRU has no recurrent bias, so
+        a state at rest stays at rest: padding, which comes first on the way back, changes nothing.
         """
 
         def __init__(self, units: int, **kwargs: Any) -> None:
@@ -4216,31 +4274,17 @@ def recurrent_class() -> type[Any]:
             self.gru = self.add_weight(name="gru_recurrent_kernel", shape=(2, u, 3 * u))
 
         def call(self, x: Any, real: Any) -> Any:
-            x, real = (ops.transpose(a, (1, 0, 2)) for a in (x, real))  # (T, B, …)
-            x, real = (ops.stack([a, ops.flip(a, 0)], axis=1) for a in (x, real))  # (T, 2, B, …)
+            x, real = both_ways(x), both_ways(real)
             enter = (ops.matmul(x, self.kernel) + self.bias) * real
             h = c = g = ops.zeros_like(enter[0, ..., : self.units])  # (2, B, U)
             states = []
             for t in range(x.shape[0]):  # unrolled: pooling has left a dozen steps
-                h, c = self.lstm_step(enter[t, ..., : 4 * self.units], h, c)
-                g = self.gru_step(enter[t, ..., 4 * self.units :], g)
+                h, c = lstm_step(enter[t, ..., : 4 * self.units], h, c, self.lstm)
+                g = gru_step(enter[t, ..., 4 * self.units :], g, self.gru)
                 states.append(ops.concatenate([h, g], axis=-1))
             out = ops.stack(states) * real  # (T, 2, B, 2 · U)
-            both = ops.concatenate([out[:, 0], ops.flip(out[:, 1], 0)], axis=-1)
-            return ops.transpose(both, (1, 0, 2))
-
-        def lstm_step(self, enter: Any, h: Any, c: Any) -> tuple[Any, Any]:
-            gates = enter + ops.matmul(h, self.lstm)  # (2, B, 4 · U): in, forget, out, new
-            taken, kept, told = ops.split(ops.sigmoid(gates[..., : 3 * self.units]), 3, axis=-1)
-            c = kept * c + taken * ops.tanh(gates[..., 3 * self.units :])
-            return told * ops.tanh(c), c
-
-        def gru_step(self, enter: Any, g: Any) -> Any:
-            u, own = self.units, ops.matmul(g, self.gru)  # (2, B, 3 · U): keep, reset, new
-            gates = ops.sigmoid(enter[..., : 2 * u] + own[..., : 2 * u])
-            kept, reset = ops.split(gates, 2, axis=-1)
-            new = ops.tanh(enter[..., 2 * u :] + reset * own[..., 2 * u :])
-            return new + kept * (g - new)
+            out = ops.concatenate([out[:, 0], ops.flip(out[:, 1], 0)], axis=-1)
+            return ops.transpose(out, (1, 0, 2))
 
         def get_config(self) -> dict[str, Any]:
             return {**super().get_config(), "units": self.units}
