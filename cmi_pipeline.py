@@ -5852,6 +5852,7 @@ class Assignment:
 def replay_assignment(composite: F32, study: Study, cfg: Config, orders: int = 10) -> F64:
     """Score with assignment when each wearer's recordings arrive in random order. → (orders)"""
     rec, scores = study.inputs.rec, np.empty(orders)
+    told = Progress("replay", orders, orders, cfg)
     for i in range(orders):
         answer = np.empty(len(rec), np.int64)
         state: dict[str, Assignment] = {}
@@ -5859,6 +5860,7 @@ def replay_assignment(composite: F32, study: Study, cfg: Config, orders: int = 1
             wearer = state.setdefault(str(rec.subject[r]), Assignment(study.labels.table))
             answer[r] = wearer.gesture(str(rec.sequence_id[r]), composite[r])
         scores[i] = score(study.labels.gesture, answer)
+        told.step()
     return scores
 
 
