@@ -4208,7 +4208,7 @@ def standardise_class() -> type[Any]:
             for name, channels in self.groups:
                 own = slice(i, i := i + len(channels))
                 parts = [z[..., own], ops.max(there[..., own], axis=-1, keepdims=True)]
-                branches[name.startswith(("thm", "tof"))] += parts
+                branches[name.startswith(("thm", "tof"))].extend(parts)
             later = ops.cumsum(ops.flip(ops.max(there, -1, keepdims=True), 1), axis=1)
             first = ops.reshape(ops.arange(rows.shape[1]) == 0, (1, -1, 1))
             real = ops.cast(ops.logical_or(ops.flip(later, axis=1) > 0, first), "float32")
@@ -4244,7 +4244,8 @@ def gru_step(enter: Any, g: Any, kernel: Any) -> Any:
     from keras import ops
 
     u, own = g.shape[-1], ops.matmul(g, kernel)  # (2, B, 3 · U): keep, reset, new
-    kept, reset = ops.split(ops.sigmoid(enter[..., : 2 * u] + own[..., : 2 * u]), 2, axis=-1)
+    gates = ops.sigmoid(enter[..., : 2 * u] + own[..., : 2 * u])
+    kept, reset = ops.split(gates, 2, axis=-1)
     new = ops.tanh(enter[..., 2 * u :] + reset * own[..., 2 * u :])
     return new + kept * (g - new)
 
