@@ -3987,6 +3987,7 @@ def torch_settings(job: Job, frames: Frames | None, cfg: Config) -> dict[str, An
     """On what a training in progress depends, by name."""
     known = {name.upper(): value for name, value in cfg.shaping("torch").items()}
     known |= {"training rows": digest(job.train), "validation rows": digest(job.valid)}
+    known["form of the files"] = MEMBERS["torch"].form
     if frames is not None:
         known["frames"] = digest(frames.start, frames.x, list(frames.names))
     return known
@@ -4740,7 +4741,7 @@ def checkpoint_settings(job: Job, cfg: Config) -> dict[str, Any]:
     """What must be as before for a checkpoint to count, by name."""
     settings = {name.upper(): value for name, value in cfg.shaping("keras").items()}
     rows = {"training rows": digest(job.train), "validation rows": digest(job.valid)}
-    return settings | rows
+    return settings | rows | {"form of the files": MEMBERS["keras"].form}
 
 
 def keras_checkpoint(job: Job) -> Path:
@@ -5140,6 +5141,7 @@ class Member:
     predict: Callable[[Any, Any], F32]  # → (stems, N, L)
     default_weight: float  # in the blend, when there are no out-of-fold rows
     modes: tuple[str, ...] = MODES
+    form: int = 1  # raise it when what fit writes changes: older models are then trained again
     resumable: Callable[[Job, Config], str | None] = nothing_to_resume  # "resumable …", or why not
     side_by_side: Callable[[Job, Config], int] = one_by_one  # jobs that should run at once
     summarise: Callable[[Mapping[str, Path], Path], None] = nothing_to_summarise
@@ -5200,6 +5202,7 @@ def fingerprint(job: Job, study: Study, cfg: Config) -> dict[str, Any]:
     """Everything on which the trained model of a job depends, by name, so that a difference has one."""
     versions = {p: package_version(p).split(".")[0] for p in MEMBERS[job.member].packages}
     return {
+        "form of the files": MEMBERS[job.member].form,
         "data": study.mark,
         "turned": study.turned,
         "labels": digest(study.labels.table),

@@ -113,6 +113,16 @@ def test_what_a_model_depends_on_is_named_when_it_changes(
     assert (step.action, step.why, len(step.todo)) == ("train", why, 4)
 
 
+def test_models_of_another_form_are_trained_again(
+    cfg: cmi.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = trained(cfg)
+    newer = dataclasses.replace(cmi.MEMBERS["torch"], form=cmi.MEMBERS["torch"].form + 1)
+    monkeypatch.setitem(cmi.MEMBERS, "torch", newer)
+    step = step_of(study, cfg)
+    assert (step.action, step.why, len(step.todo)) == ("train", "form of the files differ", 4)
+
+
 def test_an_input_that_is_computed_in_another_way_trains_again(
     cfg: cmi.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
