@@ -735,18 +735,19 @@ def numbers(frame: pl.DataFrame, columns: Sequence[str]) -> F32:
     Kaggle's gateway hands over all-null columns as text, and then numbers as text with them. A
     column that is absent is missing in every row; so is a value that is no finite number.
     """
-    try:
-        selected = frame.select(
-            pl.col(c).cast(pl.Float32, strict=False) if c in frame.columns
-            else pl.repeat(None, pl.len(), dtype=pl.Float32).alias(c)
-            for c in columns
-        ).to_numpy()  # fmt: skip
+    place = {c: i for i, c in enumerate(columns)}
+    present = [c for c in frame.columns if c in place]
+    out = np.full((len(frame), len(columns)), np.nan, np.float32)
+    if not present:
+        return out
+    try:  # one expression for all: one for each takes ten times as long
+        found = frame.select(pl.col(present).cast(pl.Float32, strict=False)).to_numpy()
     except pl.exceptions.PolarsError as error:  # a list, a struct, a category
         raise DataError(f"A column of numbers holds something else: {error!s:.200}") from None
-    if selected.dtype == object:
+    if found.dtype == object:
         raise DataError(f"Of the columns {columns[:3]} … one holds no numbers.")
-    out = np.ascontiguousarray(selected, np.float32).reshape(len(frame), len(columns))
-    return np.where(np.isfinite(out), out, np.float32(np.nan))
+    out[:, [place[c] for c in present]] = np.where(np.isfinite(found), found, np.nan)
+    return out
 
 
 def to_recordings(frame: pl.DataFrame, person: pl.DataFrame) -> Recordings:
