@@ -6107,6 +6107,7 @@ class Predictor:
     def __init__(self, cfg: Config) -> None:
         self.cfg = cfg
         self.lock = threading.Lock()
+        self.pool = ThreadPoolExecutor(len(MEMBERS), "member")
         self.served: Served | None = None
         self.assignments: dict[str, Assignment] = {}
         self.evidence: dict[
@@ -6182,27 +6183,38 @@ class Predictor:
     def opinions(self, rec: Recordings, blend: Blend) -> dict[str, F32]:
         """Composite probabilities by every part of a blend that has weight. (1, L) each
 
-        A part that fails is left out, counted and logged; if all fail, the last error is raised.
+        Members answer side by side, the slowest first. A part that fails is left out, counted and
+        logged; if all fail, the last error is raised.
         """
         assert self.served is not None
         inputs, opinion, failure = Inputs(rec), {}, None
-        for part, weight in zip(blend.parts, blend.weights, strict=True):
-            if part not in self.served.models or weight <= 0:
-                continue
-            name, mode = part.split("/")
-            member = MEMBERS[name]
-            try:
-                proba = member.predict(self.served.models[part], member.prepare(inputs, mode))
-                opinion[part] = proba.mean(axis=0)
-            except (ValueError, RuntimeError, ArithmeticError, LookupError, TypeError) as error:
+        weighed = [p for p, w in zip(blend.parts, blend.weights, strict=True) if w > 0]
+        asked = [p for p in weighed if p in self.served.models]
+        teams = [[p for p in asked if p.split("/")[0] == name] for name in reversed(MEMBERS)]
+        answers = self.pool.map(lambda parts: [self.ask(p, inputs) for p in parts], teams)
+        for part, answer in zip(itertools.chain(*teams), itertools.chain(*answers), strict=True):
+            if isinstance(answer, Exception):
                 if self.cfg.strict:
-                    raise
-                self.fallbacks[f"{part}: {type(error).__name__}: {error}"[:200]] += 1
-                log("fallback", part=part, error=repr(error)[:200], count=self.fallbacks.total())
-                failure = error
+                    raise answer
+                self.fallbacks[f"{part}: {type(answer).__name__}: {answer}"[:200]] += 1
+                log("fallback", part=part, error=repr(answer)[:200], count=self.fallbacks.total())
+                failure = answer
+            else:
+                opinion[part] = answer
         if not opinion:
             raise failure or LookupError(f"No model serves {blend.parts}.")
         return opinion
+
+    def ask(self, part: str, inputs: Inputs) -> F32 | Exception:
+        """Composite probabilities by one part, or why it has none. → (1, L)"""
+        assert self.served is not None
+        name, mode = part.split("/")
+        member = MEMBERS[name]
+        try:
+            proba = member.predict(self.served.models[part], member.prepare(inputs, mode))
+        except (ValueError, RuntimeError, ArithmeticError, LookupError, TypeError) as error:
+            return error
+        return np.asarray(proba.mean(axis=0))
 
     def is_turned(self, raw: Recordings) -> bool:
         """Does the evidence of this wearer's recordings so far say that the device is upside down?"""
