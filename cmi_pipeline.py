@@ -1436,7 +1436,20 @@ def over(ufunc: np.ufunc, x: npt.NDArray[Any], first: I64, last: I64) -> F64:
     """
     pairs = np.stack([first, np.maximum(first, last)], axis=-1).ravel()
     out = ufunc.reduceat(x, pairs, axis=1)[:, ::2]
-    return np.where(last > first, out, 0.0 if ufunc is np.add else np.nan)
+    full = last > first
+    return out if full.all() else np.where(full, out, 0.0 if ufunc is np.add else np.nan)
+
+
+def sums(x: npt.NDArray[Any], *edges: I64) -> F64:
+    """Sums over the parts of each recording, all in one pass. (C, R + 1), k + 1 × (N) → (k, C, N)
+
+    Part j is the rows edges[j] … edges[j + 1] - 1; together the parts fill their recording.
+    """
+    begin, end = np.stack(edges[:-1], axis=-1), np.stack(edges[1:], axis=-1)  # (N, k)
+    out = np.add.reduceat(x, np.append(begin, end[-1, -1]), axis=1)[:, :-1]
+    out = out.reshape(len(x), *begin.shape)
+    full = end > begin
+    return np.moveaxis(out if full.all() else np.where(full, out, 0.0), 2, 0)
 
 
 def ratio(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> F64:
@@ -1484,11 +1497,14 @@ class Chunk:
         return Motion.of(self.rec)
 
     @functools.cached_property
+    def halves(self) -> tuple[I64, I64, I64]:
+        """Edges of the rows before the gesture and in it."""
+        return self.first, self.cut, self.last
+
+    @functools.cached_property
     def pixels(self) -> F64:
         """ToF signals in the order of PIXELS. (5, S, R + 1) NaN: missing, or no row before"""
-        signals = tof_signals(self.rec.tof, self.rec.start)
-        signals[:, AT_PIXELS["flow"], self.first] = np.nan
-        return signals
+        return tof_signals(self.rec.tof, self.rec.start)
 
     @functools.cached_property
     def x(self) -> F64:
@@ -1529,29 +1545,33 @@ class Chunk:
         return self.there[self.patchy].astype(np.float32)
 
     @functools.cached_property
-    def count(self) -> F64:
-        """Values a recording. (C, N)"""
-        return self.count_of(self.first, self.last)
-
-    @functools.cached_property
-    def mean(self) -> F64:
-        return self.mean_of(self.first, self.last)
-
-    @functools.cached_property
-    def opening(self) -> F64:
-        """Mean of the first three rows. (C, N)"""
-        return self.mean_of(self.first, np.minimum(self.first + 3, self.last))
-
-    @functools.cached_property
     def half_count(self) -> F64:
         """Values before the gesture and in it. (2, C, N)"""
-        parts = (self.first, self.cut), (self.cut, self.last)
-        return np.stack([self.count_of(*part) for part in parts])
+        return self.counts(*self.halves)
+
+    @functools.cached_property
+    def half_sum(self) -> F64:
+        """Before the gesture and in it. (2, C, N)"""
+        return sums(self.z, *self.halves)
 
     @functools.cached_property
     def half_mean(self) -> F64:
         """Before the gesture and in it. (2, C, N)"""
-        return np.stack([self.mean_of(self.first, self.cut), self.mean_of(self.cut, self.last)])
+        return ratio(self.half_sum, self.half_count)
+
+    @functools.cached_property
+    def count(self) -> F64:
+        """Values a recording. (C, N)"""
+        return self.half_count.sum(axis=0)
+
+    @functools.cached_property
+    def mean(self) -> F64:
+        return ratio(self.half_sum.sum(axis=0), self.count)
+
+    @functools.cached_property
+    def opening(self) -> F64:
+        """Mean of the first three rows. (C, N)"""
+        return self.mean_at(self.first[:, None] + np.arange(3))
 
     @functools.cached_property
     def centred(self) -> F64:
@@ -1579,9 +1599,7 @@ class Chunk:
     @functools.cached_property
     def half_variance(self) -> F64:
         """Before the gesture and in it. (2, C, N)"""
-        square = self.half_centred**2
-        parts = (self.first, self.cut), (self.cut, self.last)
-        total = np.stack([over(np.add, square, *part) for part in parts])
+        total = sums(self.half_centred**2, *self.halves)
         return steady(ratio(total, self.half_count), self.half_mean)
 
     @functools.cached_property
@@ -1592,21 +1610,27 @@ class Chunk:
         d[:, self.rec.start] = np.nan
         return d
 
-    def count_of(self, first: I64, last: I64) -> F64:
-        """Rows first … last - 1 that are there. → (C, N)"""
-        count = np.tile((last - first).astype(np.float64), (len(self.x), 1))
-        count[self.patchy] = over(np.add, self.one, first, last)
-        return count
+    def counts(self, *edges: I64) -> F64:
+        """Values in each part of a recording. k + 1 × (N) → (k, C, N)"""
+        spans = np.diff(np.stack(edges), axis=0).astype(np.float64)  # (k, N)
+        counts = np.repeat(spans[:, None], len(self.x), axis=1)
+        counts[:, self.patchy] = sums(self.one, *edges)
+        return counts
 
-    def mean_of(self, first: I64, last: I64) -> F64:
-        """Mean over the rows first … last - 1 that are there. → (C, N)"""
-        return ratio(over(np.add, self.z, first, last), self.count_of(first, last))
+    def inside(self, row: I64) -> I64:
+        """Rows of each recording, (N, n); the spare column for those beyond its ends."""
+        own = (row >= self.first[:, None]) & (row < self.last[:, None])
+        return np.where(own, row, self.rec.start[-1])
+
+    def mean_at(self, row: I64) -> F64:
+        """Mean over some rows of each recording, as far as they exist. (N, n) → (C, N)"""
+        row = self.inside(row)
+        return ratio(self.z[:, row].sum(axis=2), self.there[:, row].sum(axis=2))
 
     def tail(self, rows: Sequence[int], n_rows: int, source: F64) -> F64:
         """The last `n_rows` rows, NaN in front of shorter recordings. → (len(rows), N, n_rows)"""
-        index = self.last[:, None] + np.arange(-n_rows, 0)
-        index = np.where(index >= self.first[:, None], index, source.shape[1] - 1)
-        return source[np.asarray(rows)[:, None, None], index]
+        row = self.inside(self.last[:, None] + np.arange(-n_rows, 0))
+        return source[np.asarray(rows)[:, None, None], row]
 
 
 # %% [markdown]
@@ -1635,6 +1659,7 @@ def pixel_weights() -> F32:
 
 
 PIXEL_WEIGHTS = pixel_weights()
+DISTANCES = PIXEL_WEIGHTS[[0, 1, 2, 6, 7, 8, 9, 10]]  # those that weigh the distance too
 
 
 def pixels_lost(image: U8) -> F64:
@@ -1650,20 +1675,24 @@ def above_zero(n: F64) -> F64:
     return np.where(n > 0, n, np.nan)
 
 
-def image_sums(image: U8, of_one: F32, of_distance: F32) -> tuple[F64, F64, F64]:
-    """Weighted sums over the pixels in range: of 1, of the distance, and the plain one of its
-    square. (n, 64), (k, 64), (m, 64) → (k, n), (m, n), (n)
+def image_sums(image: U8, scratch: F32) -> tuple[F64, F64, F64]:
+    """Weighted sums over the pixels in range: of 1 with each of PIXEL_WEIGHTS, of the distance with
+    those of DISTANCES, and the plain one of its square. (n, 64), (2, ≥ n, 64) → (11, n), (8, n), (n)
 
     Products take a few hundred images at a time: the linear algebra library then does not start
     threads of its own, which would take longer than the product.
     """
     seen = (image <= FARTHEST).view(np.uint8)
-    mask, distance = seen.astype(np.float32), (image * seen).astype(np.float32)
-    count, total = np.empty((len(of_one), len(image))), np.empty((len(of_distance), len(image)))
+    mask, distance = scratch[:, : len(image)]
+    mask[:], distance[:] = seen, image * seen
+    count, total = (np.empty((len(image), len(w)), np.float32) for w in (PIXEL_WEIGHTS, DISTANCES))
     for i in range(0, len(image), 360):
-        count[:, i : i + 360] = of_one @ mask[i : i + 360].T
-        total[:, i : i + 360] = of_distance @ distance[i : i + 360].T
-    return count, total, np.einsum("ij,ij->i", distance, distance).astype(np.float64)
+        part = slice(i, i + 360)
+        np.matmul(mask[part], PIXEL_WEIGHTS.T, out=count[part])
+        np.matmul(distance[part], DISTANCES.T, out=total[part])
+    square = np.einsum("ij,ij->i", distance, distance)
+    wide = (np.ascontiguousarray(v.T, np.float64) for v in (count, total))
+    return *wide, square.astype(np.float64)
 
 
 def pixel_flow(image: U8) -> F64:
@@ -1680,47 +1709,47 @@ def pixel_flow(image: U8) -> F64:
     return flow / 64
 
 
-def describe_images(image: U8, regions: bool) -> list[F64]:
-    """The signals of PIXELS of images (n, 64) but for flow; without regions the first eight."""
-    distance_weights = PIXEL_WEIGHTS[[0, 1, 2, *((6, 7, 8, 9, 10) if regions else ())]]
-    sums = image_sums(image, PIXEL_WEIGHTS if regions else PIXEL_WEIGHTS[:5], distance_weights)
-    (n, x, y, xx, yy, *more), (d, dx, dy, *d5), square = sums
+def describe_images(image: U8, scratch: F32) -> list[F64]:
+    """The signals of PIXELS of images (n, 64) but for flow."""
+    (n, x, y, xx, yy, xy, nw, ne, sw, se, mid), (d, dx, dy, *d5), square = image_sums(
+        image, scratch
+    )
     valid, some = above_zero(64 - pixels_lost(image)), above_zero(n)
     var_x, var_y = n * xx - x * x, n * yy - y * y  # n² times the variance, exact
     half = np.minimum(image[:, :32], image[:, 32:])  # in two steps, twice as fast
     nearest = np.ascontiguousarray(half.T).min(axis=0)
-    signals = [n / valid, d / some, nearest + 0 * some, np.sqrt(n * square - d * d) / some]
-    signals += [x / (2 * some), y / (2 * some)]
-    signals += [2 * (n * dx - d * x) / above_zero(var_x), 2 * (n * dy - d * y) / above_zero(var_y)]
-    if regions:
-        xy, nw, ne, sw, se, mid = more
-        there = 0 * valid  # makes NaN of the shares where the sensor is missing
-        signals += [v / (4 * some * some) for v in (var_x, var_y, n * xy - x * y)]
-        signals += [(ne + se - nw - sw) / valid, (sw + se - nw - ne) / valid]
-        signals += [part / 16 + there for part in (nw, ne, sw, se, mid)]
-        signals += [a / above_zero(b) for a, b in zip(d5, (nw, ne, sw, se, mid), strict=True)]
-    return signals
+    there = 0 * valid  # makes NaN of the shares where the sensor is missing
+    return [
+        *(n / valid, d / some, nearest + 0 * some, np.sqrt(n * square - d * d) / some),
+        *(x / (2 * some), y / (2 * some)),
+        *(2 * (n * dx - d * x) / above_zero(var_x), 2 * (n * dy - d * y) / above_zero(var_y)),
+        *(v / (4 * some * some) for v in (var_x, var_y, n * xy - x * y)),
+        *((ne + se - nw - sw) / valid, (sw + se - nw - ne) / valid),
+        *(part / 16 + there for part in (nw, ne, sw, se, mid)),
+        *(a / above_zero(b) for a, b in zip(d5, (nw, ne, sw, se, mid), strict=True)),
+    ]
 
 
-def tof_signals(tof: U8, start: I64, *, regions: bool = True) -> F64:
+def tof_signals(tof: U8, start: I64) -> F64:
     """What each ToF image shows, in the order of PIXELS. (R, 5, 8, 8) → (5, S, R + 1)
 
     All NaN where a sensor is missing, and in the spare column. Where a sensor sees nothing, shares
-    and flow are 0 and what describes the things in range is NaN. A first row has no flow: 0.
-    Without regions only the first nine.
+    and flow are 0 and what describes the things in range is NaN. A first row has no flow, nor has
+    the row behind a missing one.
     """
     image = np.ascontiguousarray(tof).reshape(-1, 64)
-    out = np.full((5, len(PIXELS) if regions else AT_PIXELS["flow"] + 1, len(tof) + 1), np.nan)
+    out = np.full((5, len(PIXELS), len(tof) + 1), np.nan)
+    scratch = np.empty((2, 5 * min(IMAGE_ROWS, len(tof)), 64), np.float32)
     for first in range(0, len(tof), IMAGE_ROWS):  # as much as the processor's cache holds
         last = min(first + IMAGE_ROWS, len(tof))
         part = image[5 * first : 5 * last]
-        signals = describe_images(part, regions)
+        signals = describe_images(part, scratch)
         flow = pixel_flow(image[max(5 * first - 5, 0) : 5 * last])[-len(part) :]
         signals.insert(AT_PIXELS["flow"], flow)
         for i, signal in enumerate(signals):
             out[:, i, first:last] = signal.reshape(-1, 5).T
     flow, gone = out[:, AT_PIXELS["flow"]], np.isnan(out[:, 0])
-    flow[:, start[:-1]] = 0
+    flow[:, start[:-1]] = np.nan
     flow[:, 1:][gone[:, :-1]] = np.nan
     flow[gone] = np.nan
     return out
@@ -1762,9 +1791,8 @@ QUANTILES = {"min": 0.0, "q10": 0.1, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q90"
 
 def quantiles(ch: Chunk) -> F64:
     """Smallest, 10, 25, 50, 75, 90 % quantile, largest value, and interquartile range."""
-    index = ch.first[:, None] + np.arange(ch.rows.max())
-    index = np.where(index < ch.last[:, None], index, len(ch.rec.acc))  # the spare column
-    ordered = np.take(ch.x[: len(MOVES)], index, axis=1)  # (C, N, T)
+    row = ch.inside(ch.first[:, None] + np.arange(ch.rows.max()))
+    ordered = np.take(ch.x[: len(MOVES)], row, axis=1)  # (C, N, T)
     ordered.sort(axis=2)  # NaN last
     q = quantiles_of(ordered, ch.count[: len(MOVES)], np.array([*QUANTILES.values()]))
     return by_signal(*q, q[4] - q[2])
@@ -1783,8 +1811,8 @@ def course(ch: Chunk) -> F64:
     """Mean of the first and last 3 rows and their difference, of each third, of the rows before
     the gesture and in it, with the standard deviations and the change."""
     thirds = [ch.first + ch.rows * i // 3 for i in range(4)]
-    end = ch.mean_of(np.maximum(ch.last - 3, ch.first), ch.last)
-    third = [ch.mean_of(a, b) for a, b in itertools.pairwise(thirds)]
+    third = ratio(sums(ch.z, *thirds), ch.counts(*thirds))
+    end = ch.mean_at(ch.last[:, None] + np.arange(-3, 0))
     before, gesture = ch.half_mean
     sd_before, sd_gesture = np.sqrt(ch.half_variance)
     halves = (before, sd_before, gesture, sd_gesture, gesture - before)
@@ -1795,14 +1823,12 @@ def steps(ch: Chunk) -> F64:
     """Mean size and standard deviation of the step from row to row; mean size in the gesture."""
     d = ch.step
     there = ~np.isnan(d)
-    one, size = there.astype(np.float32), np.where(there, np.abs(d), 0.0)
-    n, n_gesture = (over(np.add, one, a, ch.last) for a in (ch.first, ch.cut))
-    mean = ratio(over(np.add, np.where(there, d, 0.0), ch.first, ch.last), n)
-    square = ratio(over(np.add, size * size, ch.first, ch.last), n)
-    size_mean = ratio(over(np.add, size, ch.first, ch.last), n)
-    size_gesture = ratio(over(np.add, size, ch.cut, ch.last), n_gesture)
+    known = np.where(there, d, 0.0)
+    half_n, half_size = (sums(v, *ch.halves) for v in (there.astype(np.float32), np.abs(known)))
+    n = half_n.sum(axis=0)
+    mean, square = (ratio(sums(v, ch.first, ch.last)[0], n) for v in (known, known * known))
     sd = np.sqrt(steady(np.maximum(square - mean * mean, 0), mean))
-    return by_signal(size_mean, sd, size_gesture)
+    return by_signal(ratio(half_size.sum(axis=0), n), sd, ratio(half_size[1], half_n[1]))
 
 
 def gesture_range(ch: Chunk) -> F64:
@@ -2161,8 +2187,7 @@ def sights(ch: Chunk) -> F64:
     for x in ch.pixels[:, 2:]:  # sensor by sensor, as much as the processor's cache holds
         there = ~np.isnan(x)
         z, one = np.where(there, x, 0.0), there.astype(np.float32)
-        parts = (ch.cut, ch.last), (ch.first, ch.cut)
-        gesture, before = (ratio(over(np.add, z, *p), over(np.add, one, *p)) for p in parts)
+        before, gesture = ratio(sums(z, *ch.halves), sums(one, *ch.halves))
         columns.append(by_signal(gesture, gesture - before))
     return np.concatenate(columns)
 
@@ -2316,21 +2341,6 @@ def on_threads(
         for part, _ in zip(parts, done, strict=True):
             if told:
                 told.step(len(part))
-
-
-def feature_table(rec: Recordings, workers: int = 2, told: Progress | None = None) -> Table:
-    """Every feature of every recording, which must be canonical. → (N, F)"""
-    names, modality, blank = table_columns()
-    x = np.empty((len(rec), len(names)), np.float32)
-
-    def fill(order: I64) -> None:
-        chunk = Chunk(rec if len(rec) == 1 else selection(rec, order))
-        with np.errstate(invalid="ignore"):
-            x[order] = np.concatenate([family.make(chunk) for family in FEATURES]).T
-
-    n_rows = np.diff(rec.start)
-    on_threads(fill, n_rows, np.argsort(n_rows, kind="stable"), workers, told)
-    return Table(names, x, modality, blank)
 
 
 # %% [markdown]
@@ -2510,30 +2520,62 @@ class Frames:
         return Frames(self.start, np.ascontiguousarray(self.x[:, :width]), kept)
 
 
-def make_frames(rec: Recordings, workers: int = 2, told: Progress | None = None) -> Frames:
-    """Channels of every row of recordings, which must be canonical."""
-    x = np.empty((len(rec.acc), sum(len(names) for _, names in GROUPS)), np.float32)
-
-    def fill(order: I64) -> None:
-        rows = slice(rec.start[order[0]], rec.start[order[-1] + 1])
-        fill_channels(rec.part(int(order[0]), int(order[-1]) + 1), x[rows])
-
-    on_threads(fill, np.diff(rec.start), np.arange(len(rec)), workers, told)
-    return Frames(rec.start, x, GROUPS, rec.tof)
-
-
-def fill_channels(rec: Recordings, out: F32) -> None:
-    """Fill `out` (R, C) with the channels in the order of GROUPS."""
-    m = Motion.of(rec)
+def channels(ch: Chunk) -> F32:
+    """The channels in the order of GROUPS. → (R, C)"""
+    m = ch.motion
     known = 0 * m.rot[:, :1]  # the whole group rot tells that rotation is missing
     parts = [*m.acc.T, length(m.acc), *(m.up + known).T, *m.level.T, *m.linear.T, length(m.linear)]
     parts += [m.vertical, m.horizontal, *m.omega.T, length(m.omega), *m.jerk.T, length(m.jerk)]
-    sight = tof_signals(rec.tof, rec.start, regions=False)[..., :-1]
+    sight = ch.pixels[:, : len(SEEN), :-1].copy()
     there = ~np.isnan(sight[:, 0])  # the share in range is NaN where the sensor is missing
     for i, value in enumerate(SEEN.values()):
         np.copyto(sight[:, i], value, where=np.isnan(sight[:, i]) & there)
-    for k, signal in enumerate((*parts, m.swing, *rec.thm.T, *sight.reshape(5 * len(SEEN), -1))):
+    signals = (*parts, m.swing, *ch.rec.thm.T, *sight.reshape(5 * len(SEEN), -1))
+    out = np.empty((len(ch.rec.acc), len(signals)), np.float32)
+    for k, signal in enumerate(signals):
         out[:, k] = signal
+    return out
+
+
+def describe(
+    rec: Recordings,
+    workers: int = 2,
+    told: Progress | None = None,
+    *,
+    table: bool = True,
+    frames: bool = True,
+) -> tuple[Table, Frames]:
+    """Features of every recording and channels of every row of recordings, which must be canonical.
+
+    Both come from the same chunks, so that what they share is worked out once. What is not wanted
+    stays empty.
+    """  # fmt: skip
+    names, modality, blank = table_columns()
+    n_channels = sum(len(group) for _, group in GROUPS)
+    x = np.empty((table * len(rec), len(names)), np.float32)
+    rows = np.empty((frames * len(rec.acc), n_channels), np.float32)
+
+    def fill(order: I64) -> None:
+        chunk = Chunk(rec if len(rec) == 1 else selection(rec, order))
+        with np.errstate(invalid="ignore"):
+            if table:
+                x[order] = np.concatenate([family.make(chunk) for family in FEATURES]).T
+            if frames:
+                rows[row_of(rec.start, order)[0]] = channels(chunk)
+
+    n_rows = np.diff(rec.start)
+    on_threads(fill, n_rows, np.argsort(n_rows, kind="stable"), workers, told)
+    return Table(names, x, modality, blank), Frames(rec.start, rows, GROUPS, rec.tof)
+
+
+def feature_table(rec: Recordings, workers: int = 2) -> Table:
+    """The table alone. → (N, F)"""
+    return describe(rec, workers, frames=False)[0]
+
+
+def make_frames(rec: Recordings, workers: int = 2) -> Frames:
+    """The frames alone. → (R, C)"""
+    return describe(rec, workers, table=False)[1]
 
 
 def standardisation(frames: Frames, recordings: npt.NDArray[Any]) -> tuple[F32, F32]:
@@ -5073,22 +5115,34 @@ def predict_keras(model: KerasEnsemble, frames: Frames) -> F32:
 class Inputs:
     """What members learn from: table and frames of the same recordings, made when first asked for.
 
-    With settings, as in training, progress is told and large frames are mapped from disk.
+    With settings, as in training, progress is told and large frames are mapped from disk. A pair is
+    made in one pass, where both are going to be asked for.
     """
 
-    def __init__(self, rec: Recordings, cfg: Config | None = None) -> None:
+    def __init__(self, rec: Recordings, cfg: Config | None = None, *, pair: bool = False) -> None:
         self.rec = rec
         self.cfg = cfg
+        self.pair = pair
 
-    def progress(self, event: str) -> Progress | None:
-        if self.cfg is None:
-            return None
-        return Progress(event, len(self.rec), self.cfg.feature_log_every, self.cfg)
+    def described(self, *, table: bool = True, frames: bool = True) -> tuple[Table, Frames]:
+        told = self.cfg and Progress(
+            "features", len(self.rec), self.cfg.feature_log_every, self.cfg
+        )
+        with stage("features", self.cfg):
+            return describe(self.rec, told=told, table=table, frames=frames)
+
+    @functools.cached_property
+    def both(self) -> tuple[Table, Frames]:
+        table, frames = self.described()
+        return table, self.kept(frames)
 
     @functools.cached_property
     def table(self) -> Table:
-        with stage("features", self.cfg):
-            return feature_table(self.rec, told=self.progress("features"))
+        return self.both[0] if self.pair else self.described(frames=False)[0]
+
+    @functools.cached_property
+    def frames(self) -> Frames:
+        return self.both[1] if self.pair else self.kept(self.described(table=False)[1])
 
     @functools.cached_property
     def blind(self) -> Inputs:
@@ -5096,10 +5150,8 @@ class Inputs:
         rot = np.full_like(self.rec.rot, np.nan)
         return Inputs(dataclasses.replace(self.rec, rot=rot), self.cfg)
 
-    @functools.cached_property
-    def frames(self) -> Frames:
-        with stage("frames", self.cfg):
-            frames = make_frames(self.rec, told=self.progress("frames"))
+    def kept(self, frames: Frames) -> Frames:
+        """The same frames; where settings ask for it, mapped from disk."""
         if self.cfg is None:
             return frames
         if self.cfg.frame_cache and frames.x.nbytes <= self.cfg.frame_cache_max_mb * 2**20:
@@ -6915,7 +6967,8 @@ def make_study(cfg: Config) -> Study:
         turned, wearer = find_turned(rec, fold, cfg)
     log("data", folder=cfg.data_dir, recordings=len(rec), rows=len(rec.acc), subjects=len(set(rec.subject)),
         labels=len(rec.labels.table), upside_down=",".join(np.unique(rec.subject[turned])) or "none")  # fmt: skip
-    inputs = Inputs(canonical(rec, turned), cfg)
+    fed = {m.prepare for name, m in MEMBERS.items() if not why_absent(name, cfg)}
+    inputs = Inputs(canonical(rec, turned), cfg, pair={table_of, frames_of} <= fed)
     return Study(inputs, rec.labels, fold, mark, digest(turned), wearer)
 
 

@@ -455,6 +455,18 @@ def test_frames_across_borders_are_those_alone(patchy):
         assert_array_equal(cmi.make_frames(alone(patchy, i)).x, together.x[rows])
 
 
+def test_one_pass_gives_what_two_give(patchy, tmp_path):
+    """Table and frames made together, in memory or mapped from disk, are those made apart."""
+    table, frames = cmi.feature_table(patchy), cmi.make_frames(patchy)
+    for cached in (True, False):
+        cfg = cmi.Config(output_path=tmp_path, frame_cache=cached)
+        pair = cmi.Inputs(patchy, cfg, pair=True)
+        assert isinstance(pair.frames.x, np.memmap) != cached
+        assert_array_equal(pair.table.x, table.x)
+        assert_array_equal(pair.frames.x, frames.x)
+        assert pair.both is pair.both, "made once"
+
+
 # ---- what networks take ------------------------------------------------------------------------
 
 

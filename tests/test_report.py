@@ -239,7 +239,7 @@ def test_weights_features_and_settings_are_those_of_the_run(
 def test_stages_are_shown_and_logged(made: tuple[Path, Path, str], page: Page) -> None:
     seconds, peak = column(page, "stages", "seconds"), column(page, "stages", "peak MB")
     names = [f"{m}/{mode}" for m in ("lgbm", "torch") for mode in ("all", "imu")]
-    expected = {"reading", "wearer", "features", "frames", "blend", "serving"}
+    expected = {"reading", "wearer", "features", "blend", "serving"}
     expected |= {f"{name} {what}" for name in names for what in ("training", "out of fold")}
     assert expected <= set(seconds)
     lines = (made[0] / "logs" / "stages.jsonl").read_text().splitlines()
