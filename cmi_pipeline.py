@@ -132,7 +132,7 @@ class Config:
 
     plan_only: bool = setting(False, "run", "stop after the plan")
     strict: bool = setting(False, "run", "predict raises instead of answering with a fallback")
-    seed: int = setting(42, "run", "every random number follows from it", EVERY)
+    seed: int = setting(42, "run", "every random number follows from it", EVERY, (0, 2**31 - 1))
     n_folds: int = setting(5, "run", "folds, grouped by subject", EVERY, (2, 50))
     use_lgbm: bool = setting(True, "run", "LightGBM takes part")
     use_torch: bool = setting(True, "run", "Torch takes part")
@@ -154,28 +154,28 @@ class Config:
     pad_len_percentile: float = setting(95.0, "input", "percentile of the lengths if FIXED_PAD_LEN=0", NETS, (1, 100))
     modality_dropout_prob: float = setting(0.3, "input", "share of training recordings that lose ToF, THM or both", EVERY, (0, 1))
     frame_cache: bool = setting(True, "input", "keep frames in memory; 0: always mapped from disk")
-    frame_cache_max_mb: int = setting(2048, "input", "frames above this size are mapped from disk")
+    frame_cache_max_mb: int = setting(2048, "input", "frames above this size are mapped from disk", (), (0, 10**7))
     frame_cache_max_items: int = setting(1600, "input", "recordings that predict remembers", (), (0, 10**7))
     upside_down: bool = setting(True, "input", "detect wearers of a device turned by 180° and turn it back", EVERY)
 
     lgbm_rounds: int = setting(1024, "lgbm", "boosting rounds at most", LGBM, (1, 100000))
-    lgbm_lr: float = setting(0.025, "lgbm", "learning rate", LGBM)
+    lgbm_lr: float = setting(0.025, "lgbm", "learning rate", LGBM, (1e-6, 10))
     lgbm_leaves: int = setting(20, "lgbm", "leaves of a tree", LGBM, (2, 10000))
-    lgbm_es_rounds: int = setting(50, "lgbm", "rounds without improvement before it stops; 0 = all rounds", LGBM)
+    lgbm_es_rounds: int = setting(50, "lgbm", "rounds without improvement before it stops; 0 = all rounds", LGBM, (0, 10**5))
     lgbm_es_metric: str = setting("logloss", "lgbm", "what early stopping watches: logloss or score", LGBM, ("logloss", "score"))
     lgbm_feature_fraction: float = setting(0.1, "lgbm", "share of the features that a tree is shown", LGBM, (0.001, 1))
     lgbm_class_weights: bool = setting(False, "lgbm", "all gestures weigh the same", LGBM)
-    lgbm_top_features: int = setting(0, "lgbm", "train on the K best features of an earlier run; 0 = all", LGBM)
+    lgbm_top_features: int = setting(0, "lgbm", "train on the K best features of an earlier run; 0 = all", LGBM, (0, 10**6))
 
     torch_max_epochs: int = setting(30, "torch", "epochs at most", TORCH, (1, 10**5))
-    torch_batch_size: int = setting(32, "torch", "recordings a step; capped at a sixteenth of the training rows", TORCH, (1, 10**6))
+    torch_batch_size: int = setting(16, "torch", "recordings a step; capped at a sixteenth of the training rows; 32 scored 0.016 less, 64 0.025", TORCH, (1, 10**6))
     torch_accum_steps: int = setting(1, "torch", "micro-batches a step", TORCH, (1, 10**6))
     torch_lr: float = setting(1e-3, "torch", "peak learning rate", TORCH, (0, 1))
     torch_weight_decay: float = setting(1e-2, "torch", "weight decay", TORCH, (0, 10))
     torch_dropout: float = setting(0.2, "torch", "dropout", TORCH, (0, 0.95))
     torch_label_smoothing: float = setting(0.05, "torch", "label smoothing", TORCH, (0, 0.95))
     torch_es_patience: int = setting(0, "torch", "epochs without improvement before it stops; 0 = fixed number, which is honest and no worse", TORCH, (0, 10**5))
-    torch_es_min_delta: float = setting(1e-4, "torch", "smallest improvement that counts", TORCH)
+    torch_es_min_delta: float = setting(1e-4, "torch", "smallest improvement that counts", TORCH, (0, 1))
     torch_amp: bool = setting(True, "torch", "mixed precision where a GPU has it")
     torch_seeds: int = setting(1, "torch", "networks a fold, averaged", (), (1, 100))
     torch_data_parallel: bool = setting(False, "torch", "split each batch over all cards instead of one fold a card")
@@ -192,25 +192,25 @@ class Config:
     torch_threads: int = setting(1, "torch", "CPU threads of one network; another number changes its last digits", (), (1, 256))
     dl_num_workers: int = setting(0, "torch", "kept for old notebooks; batches need no workers, has no effect")
 
-    keras_max_epochs: int = setting(40, "keras", "epochs at most", KERAS)
-    keras_batch_size: int = setting(512, "keras", "recordings a step; capped at a sixteenth of the training rows", KERAS)
-    keras_lr: float = setting(2e-3, "keras", "learning rate; 1e-3 scored 0.01 less on simulated data", KERAS)
-    keras_weight_decay: float = setting(1e-2, "keras", "weight decay", KERAS)
-    keras_dropout: float = setting(0.2, "keras", "dropout", KERAS)
-    keras_label_smoothing: float = setting(0.1, "keras", "label smoothing", KERAS)
-    keras_class_weight: float = setting(0.0, "keras", "weight of a gesture = its count to the power of minus this; 0 = all recordings alike", KERAS)
+    keras_max_epochs: int = setting(40, "keras", "epochs at most", KERAS, (1, 10**5))
+    keras_batch_size: int = setting(512, "keras", "recordings a step; capped at a sixteenth of the training rows", KERAS, (1, 10**6))
+    keras_lr: float = setting(2e-3, "keras", "learning rate; 1e-3 scored 0.01 less on simulated data", KERAS, (0, 1))
+    keras_weight_decay: float = setting(1e-2, "keras", "weight decay", KERAS, (0, 10))
+    keras_dropout: float = setting(0.2, "keras", "dropout", KERAS, (0, 0.95))
+    keras_label_smoothing: float = setting(0.1, "keras", "label smoothing", KERAS, (0, 0.95))
+    keras_class_weight: float = setting(0.0, "keras", "weight of a gesture = its count to the power of minus this; 0 = all recordings alike", KERAS, (0, 10))
     keras_augment: bool = setting(True, "keras", "stretch recordings in time and turn the wristband, anew in every epoch", KERAS)
-    keras_width: int = setting(64, "keras", "channels of the first block, a multiple of 16; later ones have twice as many", KERAS)
-    keras_es_patience: int = setting(5, "keras", "epochs without improvement before it stops, 0 = fixed number; 3 scored 0.015 less", KERAS)
-    keras_rlr_patience: int = setting(3, "keras", "epochs without improvement before the learning rate halves; 0 = it falls along a cosine over KERAS_MAX_EPOCHS", KERAS)
+    keras_width: int = setting(64, "keras", "channels of the first block, a multiple of 16; later ones have twice as many", KERAS, (16, 1024))
+    keras_es_patience: int = setting(5, "keras", "epochs without improvement before it stops, 0 = fixed number; 3 scored 0.015 less", KERAS, (0, 10**5))
+    keras_rlr_patience: int = setting(3, "keras", "epochs without improvement before the learning rate halves; 0 = a cosine over KERAS_MAX_EPOCHS", KERAS, (0, 10**5))
     keras_mp: bool = setting(True, "keras", "mixed precision where a GPU has it")
-    keras_policy: str = setting("", "keras", "forces float32, mixed_float16 or mixed_bfloat16, on a CPU too")
+    keras_policy: str = setting("", "keras", "forces float32, mixed_float16 or mixed_bfloat16, on a CPU too", (), ("", "float32", "mixed_float16", "mixed_bfloat16"))
     keras_jit: bool = setting(False, "keras", "XLA")
 
     ensemble_weights: str = setting("", "blend", 'fixed weights, "lgbm:0.4,torch:0.6"; searched if empty')
-    ensemble_w_lgbm: float | None = setting(None, "blend", "fixed weight; searched, 0.20 without out-of-fold rows")
-    ensemble_w_torch: float | None = setting(None, "blend", "fixed weight; searched, 0.45 without out-of-fold rows")
-    ensemble_w_keras: float | None = setting(None, "blend", "fixed weight; searched, 0.35 without out-of-fold rows")
+    ensemble_w_lgbm: float | None = setting(None, "blend", "fixed weight; searched, 0.20 without out-of-fold rows", (), (0, 10**6))
+    ensemble_w_torch: float | None = setting(None, "blend", "fixed weight; searched, 0.45 without out-of-fold rows", (), (0, 10**6))
+    ensemble_w_keras: float | None = setting(None, "blend", "fixed weight; searched, 0.35 without out-of-fold rows", (), (0, 10**6))
     ensemble_trials: int = setting(1024, "blend", "random weights tried before the refinement", (), (0, 10**6))
     ensemble_temperature: float | None = setting(None, "blend", "temperature of every member; fitted if empty", (), (0.01, 100))
     subject_assignment: bool = setting(True, "blend", "each composite label at most once a subject")
@@ -263,6 +263,8 @@ class Config:
                     "one of " + ", ".join(within) if word else f"from {within[0]} to {within[1]}"
                 )
                 raise ConfigError(f"{f.name.upper()}={value} must be {allowed}.")
+        if self.keras_width % 16:
+            raise ConfigError(f"KERAS_WIDTH={self.keras_width} must be a multiple of 16.")
 
     def uses(self, member: str) -> bool:
         return bool(getattr(self, f"use_{member}"))
@@ -345,8 +347,9 @@ def likely_typos(env: Iterable[str]) -> list[tuple[str, str]]:
 # %% [markdown]
 # ## 2 Log and artefacts
 #
-# One line per event, printed by one function. Every file is written under a temporary name and
-# renamed, so that what exists is whole; a file that a killed run left behind is never read.
+# One line per event, printed by one function. Every artefact is written under a temporary name and
+# renamed, so that what exists is whole; a file that a killed run left behind is never read. Logs,
+# among them Keras's foldNN_train.csv, grow line by line.
 
 # %%
 STARTED = time.monotonic()
@@ -391,7 +394,7 @@ class Progress:
             return
         self.told = now
         rate = (self.done - self.first) / max(now - self.began, 1e-9)
-        eta = (self.total - self.done) / rate
+        eta = (self.total - self.done) / rate if rate else float("nan")
         log(
             self.event,
             **self.names,
@@ -479,7 +482,8 @@ def only_run(folder: Path) -> Iterator[None]:
             ) from None
         except OSError as error:  # no file system of this kind can lock
             log("warning", folder=folder, lock=error.strerror, advice="start no second run on it")
-        clear_leftovers(folder)
+        else:
+            clear_leftovers(folder)
         yield
 
 
@@ -1332,8 +1336,9 @@ def odd_features(rec: Recordings) -> F64:
     what sensors 2 and 3 see more than 4 and 5, with which they change places.
     """
     near = (rec.tof <= FARTHEST).mean(axis=(2, 3), dtype=np.float64)  # (R, 5)
-    pairs = np.nan_to_num(np.c_[near, rec.thm])
-    sides = pairs[:, [1, 2, 6, 7]] - pairs[:, [3, 4, 8, 9]]
+    near[(rec.tof == MISSING).all(axis=(2, 3))] = np.nan
+    pairs = np.c_[near, rec.thm]
+    sides = np.nan_to_num(pairs[:, [1, 2, 6, 7]] - pairs[:, [3, 4, 8, 9]])  # one missing: 0
     rows = np.c_[np.nan_to_num(rec.acc) / GRAVITY, sides]
     begin, end = rec.start[:-1], rec.start[1:]
     windows = (
@@ -2429,10 +2434,10 @@ def meaning(name: str) -> str:
     if not name:
         return ""
     cuts = [m.start() for m in re.finditer("_|$", name)]
-    piece = next((name[:i] for i in reversed(cuts) if name[:i] in GLOSSARY), None)
-    assert piece, f"no piece of GLOSSARY begins {name}"
+    piece = next((name[:i] for i in reversed(cuts) if name[:i] in GLOSSARY), name[: cuts[0]])
     rest = meaning(name[len(piece) + 1 :])
-    return f"{GLOSSARY[piece]}; {rest}" if rest else GLOSSARY[piece]
+    own = GLOSSARY.get(piece, piece)  # a new piece speaks for itself
+    return f"{own}; {rest}" if rest else own
 
 
 def feature_help() -> list[tuple[str, str, str]]:
@@ -2787,12 +2792,16 @@ def write_importance(path: Path, model: Any, rounds: int) -> None:
     write_whole(path, new.write_csv())
 
 
-def summarise_lgbm(folders: Mapping[str, Path], out: Path) -> None:
-    """feature_importance.csv: gain and splits of each feature, mean and spread over the folds."""
+def summarise_lgbm(models: Mapping[str, Sequence[Path]], out: Path) -> None:
+    """feature_importance.csv: gain and splits of each feature, mean and spread over the folds.
+
+    models: by mode, paths without suffix.
+    """
     parts = [
         pl.read_csv(path).with_columns(pl.lit(mode).alias("mode"))
-        for mode, folder in folders.items()
-        for path in sorted(folder.glob("fold*_importance.csv"))
+        for mode, stems in models.items()
+        for stem in stems
+        if (path := stem.with_name(f"{stem.name}_importance.csv")).is_file()
     ]
     if parts:
         spread = [
@@ -2918,7 +2927,7 @@ def softmax(raw: F64) -> F64:
 class LgbmModel:
     """Boosters of several folds: for each fold gesture, orientation and behavior."""
 
-    boosters: tuple[tuple[Any, Any, Any], ...]
+    boosters: tuple[tuple[Any, ...], ...]
     names: tuple[str, ...]  # the columns they were trained on
     forest: Forest | None  # the same trees for single rows
     table: I64  # (L, 3)
@@ -2939,25 +2948,31 @@ class LgbmModel:
         return gesture, orientation, behavior
 
 
-def load_lgbm(folder: Path, stems: Sequence[str], table: I64, cfg: Config) -> LgbmModel:
-    """Boosters of the given folds from their texts."""
+def load_lgbm(folder: Path, stems: Sequence[str], table: I64, cfg: Config) -> list[LgbmModel]:
+    """Boosters of the given folds from their texts, in that order; one model for all neighbours that
+    were trained on the same columns (with LGBM_TOP_FEATURES each fold has its own)."""
     import lightgbm as lgb
 
     classes = {"": len(GESTURES)} | {f"_{side}": n for side, n in SIDES.items()}
     texts = [
-        checked_booster_text(folder / f"{stem}{end}.txt", n)
+        [checked_booster_text(folder / f"{stem}{end}.txt", n) for end, n in classes.items()]
         for stem in stems
-        for end, n in classes.items()
     ]
     try:
-        boosters = [lgb.Booster(model_str=text) for text in texts]
+        folds = [tuple(lgb.Booster(model_str=text) for text in own) for own in texts]
     except (lgb.basic.LightGBMError, ValueError) as error:
         raise DataError(f"{folder}: LightGBM refused a model ({error!s:.200}).") from None
-    folds = tuple(zip(boosters[::3], boosters[1::3], boosters[2::3], strict=True))
-    names = tuple(boosters[0].feature_name())
-    same = all(tuple(b.feature_name()) == names for b in boosters)
-    assert same, "folds with columns of their own are loaded one by one"
-    return LgbmModel(folds, names, plant(texts, len(names)), table)
+    columns = [tuple(fold[0].feature_name()) for fold in folds]
+    if any(
+        tuple(b.feature_name()) != c for c, fold in zip(columns, folds, strict=True) for b in fold
+    ):
+        raise DataError(f"{folder}: the boosters of one fold differ in their columns.")
+    models = []
+    for names, alike in itertools.groupby(range(len(stems)), columns.__getitem__):
+        which = list(alike)
+        forest = plant([text for k in which for text in texts[k]], len(names))
+        models.append(LgbmModel(tuple(folds[k] for k in which), names, forest, table))
+    return models
 
 
 def checked_booster_text(path: Path, n_classes: int) -> str:
@@ -2965,7 +2980,7 @@ def checked_booster_text(path: Path, n_classes: int) -> str:
     text = path.read_text(errors="replace")
     try:
         check_booster(text, n_classes)
-    except (LookupError, ValueError, AssertionError, Warning) as error:
+    except (LookupError, ValueError, Warning) as error:
         raise DataError(
             f"{path} is not a LightGBM model ({error!s:.100}). Delete it, or attach the bundle again."
         ) from None
@@ -2974,6 +2989,12 @@ def checked_booster_text(path: Path, n_classes: int) -> str:
 
 OF_A_SPLIT = ("split_feature", "threshold", "decision_type", "left_child", "right_child")
 OF_A_LEAF = ("leaf_value", "leaf_weight", "leaf_count")
+
+
+def require(holds: object, why: str) -> None:
+    """A check of what comes from outside: unlike `assert`, it also holds under python -O."""
+    if not holds:
+        raise ValueError(why)
 
 
 def check_booster(text: str, n_classes: int) -> None:
@@ -2985,26 +3006,27 @@ def check_booster(text: str, n_classes: int) -> None:
     body, end, _ = text.partition("\nend of trees")
     head, *trees = body.split("\nTree=")
     about = dict(line.split("=", 1) for line in head.splitlines() if "=" in line)
-    assert text.startswith("tree\n"), "it does not begin with tree"
-    assert end, "its end is missing"
+    require(text.startswith("tree\n"), "it does not begin with tree")
+    require(end, "its end is missing")
     of_a_round = {about["num_class"], about["num_tree_per_iteration"]}
-    assert of_a_round == {str(n_classes)}, f"it has other classes than {n_classes}"
-    assert trees, "no trees"
-    assert len(trees) % n_classes == 0, "an unfinished round of trees"
+    require(of_a_round == {str(n_classes)}, f"it has other classes than {n_classes}")
+    require(trees, "no trees")
+    require(len(trees) % n_classes == 0, "an unfinished round of trees")
     n_features = len(about["feature_names"].split())
-    assert int(about["max_feature_idx"]) == n_features - 1, "max_feature_idx and names differ"
+    require(int(about["max_feature_idx"]) == n_features - 1, "max_feature_idx and names differ")
     lengths = [len(tree.encode()) + len("\nTree=") for tree in trees]
     sizes = whole_numbers([about["tree_sizes"]])
-    assert np.array_equal(sizes, lengths), "tree_sizes and trees differ"
+    require(np.array_equal(sizes, lengths), "tree_sizes and trees differ")
     fields = [tree_fields(tree, i) for i, tree in enumerate(trees)]
     leaves = whole_numbers([f["num_leaves"] for f in fields])
-    assert leaves.min() >= 1, "a tree without leaves"
+    require(leaves.min() >= 1, "a tree without leaves")
     for keys, wanted in ((OF_A_SPLIT, leaves - 1), (OF_A_LEAF, leaves)):
         for key in keys:
             found = np.array([len(f.get(key, "").split()) for f in fields])
             short = (found != wanted) & (leaves > 1)
-            assert not short.any(), (
-                f"{key} of tree {short.argmax()} has {found[short.argmax()]} entries"
+            require(
+                not short.any(),
+                f"{key} of tree {short.argmax()} has {found[short.argmax()]} entries",
             )
     check_walks([f for f in fields if f["num_leaves"] != "1"], leaves[leaves > 1], n_features)
 
@@ -3019,21 +3041,21 @@ def check_walks(fields: Sequence[Mapping[str, str]], leaves: I64, n_features: in
         child = whole_numbers([f[side] for f in fields])
         inner = (child > own) & (child < np.repeat(splits, splits))
         leaf = (child < 0) & (-child <= np.repeat(leaves, splits))
-        assert (inner | leaf).all(), f"{side} leads nowhere"
+        require((inner | leaf).all(), f"{side} leads nowhere")
     feature = whole_numbers([f["split_feature"] for f in fields])
-    assert feature.min() >= 0, "a feature below 0"
-    assert feature.max() < n_features, f"it asks for feature {feature.max()} of {n_features}"
+    require(feature.min() >= 0, "a feature below 0")
+    require(feature.max() < n_features, f"it asks for feature {feature.max()} of {n_features}")
     decision = whole_numbers([f["decision_type"] for f in fields])
-    assert ((decision & 1) == 0).all(), "a categorical split"
+    require(((decision & 1) == 0).all(), "a categorical split")
 
 
 def tree_fields(tree: str, i: int) -> dict[str, str]:
     """Lines of a tree by key; the plain trees that this file grows, no other kind."""
     number, *lines = tree.rstrip("\n").split("\n")
     fields = dict(line.split("=", 1) for line in lines)
-    assert number == str(i), f"tree {i} is missing"
-    assert len(fields) == len(lines), f"tree {i} says something twice"
-    assert fields["num_cat"] == fields["is_linear"] == "0", f"tree {i} is of another kind"
+    require(number == str(i), f"tree {i} is missing")
+    require(len(fields) == len(lines), f"tree {i} says something twice")
+    require(fields["num_cat"] == fields["is_linear"] == "0", f"tree {i} is of another kind")
     return fields
 
 
@@ -3044,8 +3066,13 @@ def whole_numbers(texts: Sequence[str]) -> I64:
         return np.fromstring(" ".join(texts), np.int64, sep=" ")
 
 
-def predict_lgbm(model: LgbmModel, table: Table) -> F32:
-    """Composite probabilities of each fold. → (folds, N, L)
+def predict_lgbm(models: Sequence[LgbmModel], table: Table) -> F32:
+    """Composite probabilities of each fold. → (folds, N, L)"""
+    return np.concatenate([joint_proba(model, table) for model in models])
+
+
+def joint_proba(model: LgbmModel, table: Table) -> F32:
+    """Composite probabilities by the folds of one model. → (folds, N, L)
 
     P(label) = P(gesture) · P(orientation) P(behavior), the latter two within the gesture's labels.
     """
@@ -3681,8 +3708,9 @@ def torch_side_by_side(job: Job, cfg: Config) -> int:
     """
     import torch
 
-    if torch.cuda.device_count():
-        return 1 if cfg.torch_data_parallel else torch.cuda.device_count()
+    cards = sum(card_works(i) for i in range(torch.cuda.device_count()))
+    if cards:
+        return 1 if cfg.torch_data_parallel else cards
     if len(job.train) < 500:
         return 1
     return max(1, min(len(os.sched_getaffinity(0)) // cfg.torch_threads, 8))
@@ -3746,7 +3774,8 @@ class Training:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         for part in ("net", "ema", "optimizer", "scaler"):
-            getattr(self, part).load_state_dict(state[part])
+            if state[part]:  # empty of a scaler that was off
+                getattr(self, part).load_state_dict(state[part])
         for k in ("micro", "epoch", "step", "best"):
             setattr(self, k, state[k])
 
@@ -3770,7 +3799,8 @@ def new_training(job: Job, spec: NetSpec, frames: Frames, cfg: Config) -> Traini
         {"params": decays, "weight_decay": cfg.torch_weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
-    several = cfg.torch_data_parallel and torch.cuda.device_count() > 1
+    cards = torch.cuda.device_count() if cfg.torch_data_parallel else 0
+    several = cards > 1 and all(card_works(i) for i in range(cards))
     return Training(
         net=net,
         ema=copy.deepcopy(net).eval() if cfg.torch_ema else net,
@@ -3924,7 +3954,7 @@ def fit_torch(job: Job, frames: Frames, labels: Labels, cfg: Config) -> dict[str
     """Train one network, or go on where its checkpoint stands, and write it to the job's folder."""
     spec = net_spec(frames, labels.table, cfg)
     run = new_training(job, spec, frames, cfg)
-    settings = torch_settings(job, frames, cfg)
+    settings = torch_settings(job, frames, cfg) | {"labels": digest(labels.table, labels.composite)}
     resume(run, job, settings, cfg)
     store = Store.of(frames, spec, run.device, labels.phase)
     with torch_progress(run, job, cfg) as progress:
@@ -4397,10 +4427,6 @@ class KerasSpec:
     width: int  # channels of the first block
     dropout: float
 
-    def __post_init__(self) -> None:
-        if self.width < 16 or self.width % 16:
-            raise ConfigError(f"KERAS_WIDTH={self.width} is no multiple of 16 (default 64).")
-
     @classmethod
     def read(cls, path: Path) -> KerasSpec:
         """The spec of a saved network, from its JSON alone; no class named there is looked up."""
@@ -4768,9 +4794,6 @@ def compiled(spec: KerasSpec, networks: Sequence[list[Any]], jit: bool) -> Calla
 
 def dtype_policy(cfg: Config) -> str:
     """KERAS_POLICY, else half precision where a card has units for it, else float32."""
-    known = ("float32", "mixed_float16", "mixed_bfloat16")
-    if cfg.keras_policy and cfg.keras_policy not in known:
-        raise ConfigError(f"KERAS_POLICY={cfg.keras_policy!r} is none of {', '.join(known)}.")
     if cfg.keras_policy:
         return cfg.keras_policy
     tf, _ = keras_quietly(cfg.threads)
@@ -4855,9 +4878,11 @@ class KerasRun:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What must be as before: settings and rows, and what the rows hold."""
-        held = digest(list(self.frames.names), self.frames.start, self.frames.x, self.labels.table)
-        return {**checkpoint_settings(self.job, self.cfg), "input": held}
+        """What must be as before: settings and rows, what the rows hold, and the machine's precision."""
+        held = digest(list(self.frames.names), self.frames.start, self.frames.x)
+        learnt = digest(self.labels.table, self.labels.composite)
+        own = {"input": held, "labels": learnt, "precision": dtype_policy(self.cfg)}
+        return checkpoint_settings(self.job, self.cfg) | own
 
     def take_up(self) -> None:
         """Learn from the checkpoint how far this job has come; nothing, if it does not fit."""
@@ -4882,8 +4907,10 @@ class KerasRun:
         mean, scale = standardisation(self.frames, job.train)
         trainer.begin(job.rng(cfg, "kernels"), cfg.keras_lr, mean, scale)
         callbacks = keras_callbacks(self)
-        if self.history:
-            note, values = read_checkpoint(job, cfg)
+        if self.history:  # of this run, or resumed: RESUME was asked before
+            note, values = read_checkpoint(
+                job, dataclasses.replace(cfg, resume=True, resume_keras=True)
+            )
             own = {p: v for p, v in values.items() if not p.endswith("gradient_accumulator")}
             for path in (p for p in own if p.endswith("/iteration")):  # counts micro-batches
                 own[path] = own[path] * self.accumulate // note["accumulate"]
@@ -5106,8 +5133,8 @@ def predict_keras(model: KerasEnsemble, frames: Frames) -> F32:
 # %% [markdown]
 # ## 10 Members, plan and training
 #
-# A member is a few functions joined under a name in MEMBERS; nothing else in this file knows a
-# member by name. The plan compares what lies on disk with what would be trained now, model by
+# A member is a few functions joined under a name in MEMBERS; plan, blend and serving know no member
+# by name. The plan compares what lies on disk with what would be trained now, model by
 # model, and says what will happen and why. A model whose fingerprint differs is never used.
 
 
@@ -5125,9 +5152,9 @@ class Inputs:
         self.pair = pair
 
     def described(self, *, table: bool = True, frames: bool = True) -> tuple[Table, Frames]:
-        told = self.cfg and Progress(
-            "features", len(self.rec), self.cfg.feature_log_every, self.cfg
-        )
+        told = None
+        if self.cfg:
+            told = Progress("features", len(self.rec), self.cfg.feature_log_every, self.cfg)
         with stage("features", self.cfg):
             return describe(self.rec, told=told, table=table, frames=frames)
 
@@ -5178,7 +5205,7 @@ def one_by_one(job: Job, cfg: Config) -> int:
     return 1
 
 
-def nothing_to_summarise(folders: Mapping[str, Path], out: Path) -> None:
+def nothing_to_summarise(models: Mapping[str, Sequence[Path]], out: Path) -> None:
     """Most members have no summary over folds."""
 
 
@@ -5197,7 +5224,7 @@ class Member:
     form: int = 1  # raise it when what fit writes changes: older models are then trained again
     resumable: Callable[[Job, Config], str | None] = nothing_to_resume  # "resumable …", or why not
     side_by_side: Callable[[Job, Config], int] = one_by_one  # jobs that should run at once
-    summarise: Callable[[Mapping[str, Path], Path], None] = nothing_to_summarise
+    summarise: Callable[[Mapping[str, Sequence[Path]], Path], None] = nothing_to_summarise
 
 
 MEMBERS = {
@@ -5337,7 +5364,7 @@ def plan_step(member: str, mode: str, study: Study, cfg: Config) -> Step:
     """Reuse what fits entirely, wherever it lies; else train what is missing in our own folder."""
     jobs = tuple(study.jobs(member, mode, cfg))
     own = jobs[0].folder
-    step = Step(member, mode, "train", "none yet", own, jobs, jobs, last_secs(own))
+    step = Step(member, mode, "train", "none yet", own, jobs, jobs, last_secs(own, jobs))
     absent = why_absent(member, cfg)
     if absent:
         return dataclasses.replace(step, action="skip", why=absent, todo=())
@@ -5347,7 +5374,7 @@ def plan_step(member: str, mode: str, study: Study, cfg: Config) -> Step:
     for folder in (bundle / mode for bundle in bundle_folders(member, cfg)):
         unfit[folder] = {j: w for j in jobs if (w := why_not_reusable(j, folder, study, cfg))}
         if not unfit[folder]:
-            step = dataclasses.replace(step, folder=folder, secs=last_secs(folder))
+            step = dataclasses.replace(step, folder=folder, secs=last_secs(folder, jobs))
             return dataclasses.replace(step, action="reuse", why="everything matches", todo=())
     first = next(iter(unfit.values()))  # of the named bundle, or of our own folder
     why = collections.Counter(first.values()).most_common(1)[0][0]
@@ -5388,10 +5415,11 @@ def bundle_folders(member: str, cfg: Config) -> list[Path]:
     return [folder, cfg.out / f"{member}_models"]
 
 
-def last_secs(folder: Path) -> float:
-    """Seconds that the models in `folder` took to train; NaN where none tells."""
+def last_secs(folder: Path, jobs: Sequence[Job]) -> float:
+    """Seconds that the models of `jobs` in `folder` took to train; NaN where none tells."""
+    paths = [path for job in jobs if (path := folder / job.note.name).is_file()]
     try:
-        notes = [float(read_json(p)["secs"]) for p in sorted(folder.glob("fold*.json"))]
+        notes = [float(read_json(path)["secs"]) for path in paths]
     except (LookupError, TypeError, ValueError):  # the plan says which note is damaged
         notes = []
     return sum(notes) if notes else float("nan")
@@ -5503,6 +5531,7 @@ def watched(jobs: Sequence[Job], cfg: Config) -> Iterator[None]:
         with Progress("jobs", len(jobs), 1, cfg) as progress:
             while not over.wait(1):
                 progress.step(sum(job.note.exists() for job in jobs) - progress.done)
+            progress.step(sum(job.note.exists() for job in jobs) - progress.done)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -5602,16 +5631,21 @@ def train_members(plan: Sequence[Step], study: Study, cfg: Config) -> dict[tuple
         oof[step.member, step.mode] = proba
         log("member", member=step.member, mode=step.mode,
             score=score(study.labels.gesture, by_gesture.argmax(axis=1)))  # fmt: skip
-    for member in {s.member for s in plan if s.action != "skip"}:
-        finish_member(member, [s for s in plan if s.member == member], study, cfg)
+        finish_member(
+            [s for s in plan if s.member == step.member and (s.member, s.mode) in oof], study, cfg
+        )
     return oof
 
 
-def finish_member(member: str, steps: Sequence[Step], study: Study, cfg: Config) -> None:
-    """Write bundle.json beside the models that were trained here, and the member's summary."""
+def finish_member(steps: Sequence[Step], study: Study, cfg: Config) -> None:
+    """Write bundle.json beside a member's models that lie here, and its summary: after each mode, so
+    that a later mishap leaves whole bundles."""
+    member = steps[0].member
     own = cfg.out / f"{member}_models"
-    MEMBERS[member].summarise({s.mode: s.folder for s in steps}, cfg.out)
-    if any(s.folder.parent != own for s in steps):
+    models = {s.mode: [s.folder / job.stem for job in s.jobs] for s in steps}
+    MEMBERS[member].summarise(models, cfg.out)
+    steps = [s for s in steps if s.folder.parent == own]
+    if not steps:
         return  # reused from elsewhere: their bundle is there
     content = {
         "member": member,
@@ -5846,7 +5880,7 @@ def make_blend(
     """Fit the transform of each part, then the weights. proba: (M, N, K) gesture probabilities"""
     knobs = tuple(FIT_TRANSFORMS[kind](p, truth, cfg) for p in proba)
     mode = parts[0][1]
-    fixed = fixed_weights([m for m, of in parts if of == mode], cfg)
+    fixed = None if mode == BLIND else fixed_weights([m for m, of in parts if of == mode], cfg)
     if fixed is None:
         mixed = np.stack([TRANSFORMS[kind](p, k) for p, k in zip(proba, knobs, strict=True)])
         weights = search_weights(mixed, truth, cfg, rng_for(cfg, "blend", mode))
@@ -5866,7 +5900,7 @@ def blend_mode(
     proba = np.stack([gesture_proba(oof[p], table) for p in parts])
     composite = {"/".join(p): oof[p] for p in parts}
     nested, figures = {}, {}
-    for kind in TRANSFORMS:
+    for kind in TRANSFORMS if cfg.ensemble_temperature is None else ("temperature",):
         mixed = np.full((len(truth), len(table)), np.nan, np.float32)
         for k in np.unique(study.fold):
             inner, outer = study.fold != k, study.fold == k
@@ -6070,31 +6104,54 @@ def load_served(cfg: Config) -> Served:
             f"LGBM_BUNDLE_PATH, TORCH_BUNDLE_PATH or KERAS_BUNDLE_PATH at a bundle."
         )
     table = weights["labels"] if weights else next(iter(found.values()))[2]
+    models = load_models(found, table, cfg)
+    modes = default_modes(list(models))
+    blends = {m: blend_from(b) for m, b in modes.items()}
+    if weights:  # a mode none of whose parts is there keeps the default weights of what is
+        of = {m: b for m, b in weights["blends"].items() if any(p in models for p in b.parts)}
+        blends = of or blends
+    blends = {mode: as_asked(mode, blend, cfg) for mode, blend in blends.items()}
+    log("loaded", models=",".join(models), weights=source, secs=time.monotonic() - began)
+    majority = weights["majority"] if weights else int(np.bincount(table[:, 2]).argmax())
+    return Served(models, blends, table, majority, weights and weights.get("wearer"))
+
+
+def load_models(
+    found: Mapping[str, tuple[Path, list[str], I64]], table: I64, cfg: Config
+) -> dict[str, Any]:
+    """Every model that can be loaded, by "member/mode"; those that cannot are named."""
     models = {}
     for part, (folder, stems, labels) in found.items():
         if not np.array_equal(labels, table):
             log("warning", left_out=part, why="its labels differ from the ensemble's")
             continue
-        try:
-            models[part] = MEMBERS[part.split("/")[0]].load(folder, stems, table, cfg)
-        except (DataError, OSError) as error:
-            if cfg.strict:
-                raise
-            log("warning", left_out=part, why=error)
+        load = MEMBERS[part.split("/")[0]].load
+        model = attempt(functools.partial(load, folder, stems, table, cfg))
+        if not isinstance(model, Exception):
+            models[part] = model
+        elif cfg.strict:
+            raise model
+        else:
+            log("warning", left_out=part, why=repr(model)[:300])
     if not models:
         raise DataError(
             f"None of the models {', '.join(found)} can be used; the lines above say why."
         )
-    modes = default_modes(list(models))
-    blends = weights["blends"] if weights else {m: blend_from(b) for m, b in modes.items()}
-    log(
-        "loaded",
-        models=",".join(models),
-        weights=source,
-        secs=time.monotonic() - began,
-    )
-    majority = weights["majority"] if weights else int(np.bincount(table[:, 2]).argmax())
-    return Served(models, blends, table, majority, weights and weights.get("wearer"))
+    return models
+
+
+def as_asked(mode: str, blend: Blend, cfg: Config) -> Blend:
+    """A blend with the weights that the settings fix, if they do; as it is where they cannot hold."""
+    parts = [part.split("/") for part in blend.parts]
+    try:
+        fixed = fixed_weights([m for m, of in parts if of == mode], cfg)
+    except ConfigError as error:
+        log("warning", mode=mode, why=error, instead="weights as they were found")
+        return blend
+    if fixed is None or mode == BLIND:
+        return blend
+    weights = tuple(fixed[m] if of == mode else 0.0 for m, of in parts)
+    return dataclasses.replace(blend, weights=weights)
 
 
 def chosen_weights(cfg: Config) -> tuple[dict[str, Any] | None, str]:
@@ -6117,7 +6174,8 @@ def read_weights(path: Path) -> dict[str, Any]:
         if not blends or not set(blends) <= set(ROUTES):
             raise ValueError(f"modes {', '.join(blends)}")
         majority, marks, wearer = (content.get(k) for k in ("majority", "marks", "wearer"))
-        if majority not in range(len(GESTURES)) or not isinstance(marks, dict):
+        whole = type(majority) is int  # 3.0 and True equal a code, and are none
+        if not (whole and majority in range(len(GESTURES)) and isinstance(marks, dict)):
             raise ValueError(f"majority {majority!r:.80} or marks {marks!r:.80}")
         if wearer is not None:
             known = np.array([wearer["prior"], *wearer["coefficients"]], np.float64)
@@ -6153,6 +6211,15 @@ def default_modes(parts: Sequence[str]) -> dict[str, Any]:
     return {m: b for m, b in modes.items() if b["parts"]}
 
 
+def attempt(work: Callable[[], Any]) -> Any:
+    """What `work` returns, or the error it ends with: packages have errors that derive from nothing
+    narrower, and one member's must not cost the others' answer."""
+    try:
+        return work()
+    except Exception as error:  # noqa: BLE001 the one place that catches all
+        return error
+
+
 class Predictor:
     """Answers one recording at a time; remembers what each wearer has been seen to do."""
 
@@ -6161,6 +6228,7 @@ class Predictor:
         self.lock = threading.Lock()
         self.pool = ThreadPoolExecutor(len(MEMBERS), "member")
         self.served: Served | None = None
+        self.unusable: Exception | None = None  # why no model could be had; asked for once only
         self.assignments: dict[str, Assignment] = {}
         self.evidence: dict[
             str, dict[str, float]
@@ -6173,22 +6241,30 @@ class Predictor:
         """Gesture of a recording: always one of the 18 strings, a plain str."""
         with self.lock:
             self.calls += 1
-            try:
-                return GESTURES[self.gesture(sequence, demographics)]
-            except Exception as error:
-                if self.cfg.strict:
-                    raise
-                self.fallbacks[f"{type(error).__name__}: {error}"[:200]] += 1
-                log("fallback", count=self.fallbacks.total(), of=self.calls, answer="majority")
-                traceback.print_exc()
-                return GESTURES[
-                    self.served.majority if self.served else GESTURES.index("Text on phone")
-                ]
+            answer = attempt(lambda: GESTURES[self.gesture(sequence, demographics)])
+            if not isinstance(answer, Exception):
+                return str(answer)
+            if self.cfg.strict:
+                raise answer
+            cause = f"{type(answer).__name__}: {answer}"[:200]
+            self.fallbacks[cause] += 1
+            log("fallback", count=self.fallbacks.total(), of=self.calls, answer="majority")
+            if self.fallbacks[cause] == 1:
+                traceback.print_exception(answer)
+            majority = self.served.majority if self.served else GESTURES.index("Text on phone")
+            return GESTURES[majority]
 
     def gesture(self, sequence: pl.DataFrame, demographics: pl.DataFrame) -> int:
         """Code of the gesture of one recording."""
+        if self.unusable:
+            raise self.unusable.with_traceback(None)
         if self.served is None:
-            self.served = self.load()
+            loaded = attempt(self.load)
+            if isinstance(loaded, Exception):
+                self.unusable = loaded
+                raise loaded
+            self.served = loaded
+        assert self.served is not None
         if not len(sequence) or not {"sequence_id", "subject"} <= set(sequence.columns):
             raise DataError(
                 f"predict was handed {len(sequence)} rows of {sequence.columns[:4]} …, no recording: "
@@ -6212,7 +6288,8 @@ class Predictor:
             if not self.cfg.rerun:
                 raise
             log("warning", no_bundle=str(error), instead="training LightGBM in this first call")
-            train_all(dataclasses.replace(self.cfg, use_torch=False, use_keras=False))
+            alone: dict[str, Any] = {f"use_{m}": m == "lgbm" for m in MEMBERS}
+            train_all(dataclasses.replace(self.cfg, **alone))
             return load_served(self.cfg)
 
     def composite(self, raw: Recordings) -> F32:
@@ -6241,7 +6318,8 @@ class Predictor:
         assert self.served is not None
         inputs, opinion, failure = Inputs(rec), {}, None
         weighed = [p for p, w in zip(blend.parts, blend.weights, strict=True) if w > 0]
-        asked = [p for p in weighed if p in self.served.models]
+        known = self.served.models
+        asked = [p for p in weighed if p in known] or [p for p in blend.parts if p in known]
         teams = [[p for p in asked if p.split("/")[0] == name] for name in reversed(MEMBERS)]
         answers = self.pool.map(lambda parts: [self.ask(p, inputs) for p in parts], teams)
         for part, answer in zip(itertools.chain(*teams), itertools.chain(*answers), strict=True):
@@ -6261,12 +6339,8 @@ class Predictor:
         """Composite probabilities by one part, or why it has none. → (1, L)"""
         assert self.served is not None
         name, mode = part.split("/")
-        member = MEMBERS[name]
-        try:
-            proba = member.predict(self.served.models[part], member.prepare(inputs, mode))
-        except (ValueError, RuntimeError, ArithmeticError, LookupError, TypeError) as error:
-            return error
-        return np.asarray(proba.mean(axis=0))
+        member, model = MEMBERS[name], self.served.models[part]
+        return attempt(lambda: member.predict(model, member.prepare(inputs, mode)).mean(axis=0))
 
     def is_turned(self, raw: Recordings) -> bool:
         """Does the evidence of this wearer's recordings so far say that the device is upside down?"""
@@ -6648,7 +6722,7 @@ def draw_curves(member: str, curves: Mapping[Any, list[dict[str, Any]]], figure:
     for (mode, *_), curve in curves.items():
         x = [line["x"] for line in curve]
         for axes, name in ((upper, "score"), (lower, loss)):
-            y = [line[name] for line in curve]
+            y = [line.get(name, np.nan) for line in curve]  # boosters can watch the score alone
             axes.plot(x, y, "." if len(x) == 1 else "-", color=COLOURS[mode], lw=1, label=mode)
             axes.set_ylabel(name)
     handles = dict(zip(*reversed(upper.get_legend_handles_labels()), strict=True))
@@ -6934,7 +7008,10 @@ def settle(cfg: Config, env: Mapping[str, str]) -> Config:
         short: dict[str, Any] = {k: v for k, v in DEMO.items() if k.upper() not in env}
         log("demo", **{k.upper(): v for k, v in short.items()})
         cfg = dataclasses.replace(cfg, **short)
-    return dataclasses.replace(cfg, output_path=out, cmi_data_dir=folder and folder.absolute())
+    named = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
+    paths: dict[str, Any] = {k: v.absolute() for k, v in named.items() if isinstance(v, Path)}
+    paths |= {"output_path": out, "cmi_data_dir": folder and folder.absolute()}
+    return dataclasses.replace(cfg, **paths)
 
 
 def simulated(cfg: Config, out: Path) -> Path:
@@ -7008,8 +7085,10 @@ def train_all(cfg: Config) -> Outcome | None:
     print_plan(plan, cfg)
     if cfg.plan_only:
         return None
-    if all(step.action == "skip" for step in plan):
+    present = list(dict.fromkeys(step.member for step in plan if step.action != "skip"))
+    if not present:
         raise ConfigError("No member takes part: set USE_LGBM, USE_TORCH or USE_KERAS to 1.")
+    fixed_weights(present, cfg)  # a mistake in them shows before hours of training
     oof = train_members(plan, study, cfg)
     with stage("blend", cfg):
         figures = blend_members(oof, plan, study, cfg)
@@ -7030,7 +7109,7 @@ def result_table(
         values = {
             m: score(truth, gesture_proba(oof[member, m], table).argmax(axis=1)) for m in MODES
         }
-        secs = sum(last_secs(s.folder) for s in plan if s.member == member)
+        secs = sum(last_secs(s.folder, s.jobs) for s in plan if s.member == member)
         results.append(Result(member, values, secs))
     total = time.monotonic() - STARTED
     for name, key in (

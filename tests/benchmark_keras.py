@@ -8,35 +8,20 @@ the same networks called one after the other, and against Keras's own predict.
 """
 
 import gc
-import json
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from measured import SCORE, Row, cmi, medians, report, simulated, turns
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
-
-import cmi_pipeline as cmi  # noqa: E402
-
-FOLDS, CALLS = 5, 3000
-
-
-def simulated(subjects: int, recordings: int) -> cmi.Recordings:
-    """Canonical simulated recordings; no wearer of them is upside down to the simulator's knowledge."""
-    import cmi_simulator
-
-    with tempfile.TemporaryDirectory() as folder:
-        sizes = ["--subjects", str(subjects), "--recordings", str(recordings)]
-        cmi_simulator.main([folder, *sizes, "--test-subjects", "1", "--seed", "1"])
-        rec = cmi.read_train(Path(folder))
-    return cmi.canonical(rec, np.zeros(len(rec), bool))
+FOLDS, CALLS, EPOCHS = 5, 3000, 12
+SIZE = (24, 51)  # subjects and recordings of each that the scores are of
 
 
 def job_of(folder: Path, mode: str, fold: cmi.I64, k: int) -> cmi.Job:
+    """Fold k in a folder of its own."""
     return cmi.Job(
         "keras", mode, 0, k, np.flatnonzero(fold != k), np.flatnonzero(fold == k),
         folder / "keras_models" / mode, folder / "checkpoints" / mode, folder / "logs",
@@ -44,27 +29,28 @@ def job_of(folder: Path, mode: str, fold: cmi.I64, k: int) -> cmi.Job:
 
 
 def resident_mb() -> float:
+    """Memory that this process holds now."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS"):
             return int(line.split()[1]) / 1024
     raise RuntimeError("VmRSS is not in /proc/self/status")
 
 
-def milliseconds(call: Any, repeats: int) -> tuple[float, float]:
-    """Median and 95th percentile of a call."""
-    took = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        call()
-        took.append(1e3 * (time.perf_counter() - began))
-    return float(np.median(took)), float(np.quantile(took, 0.95))
+def growth_mb(model: cmi.KerasEnsemble, ones: list[cmi.Frames]) -> float:
+    """What thousands of answers leave in memory."""
+    gc.collect()
+    before = resident_mb()
+    for i in range(CALLS):
+        cmi.predict_keras(model, ones[i % len(ones)])
+    gc.collect()
+    return resident_mb() - before
 
 
-def serving() -> dict[str, float]:
-    """Five untrained networks of the default width on all sensors, written and read as real ones."""
+def keras_serving() -> list[Row]:
+    """Five untrained networks of the default width on all sensors, written and read as usual."""
     cfg = cmi.Config()
-    _, keras = cmi.keras_quietly(cfg.threads)
-    rec = simulated(subjects=2, recordings=51)
+    cmi.keras_quietly(cfg.threads)
+    rec = simulated(2, 51)
     frames, labels = cmi.make_frames(rec), rec.labels
     assert labels is not None
     table = tuple(tuple(row) for row in labels.table.tolist())
@@ -80,29 +66,30 @@ def serving() -> dict[str, float]:
         cmi.predict_keras(model, ones[0])
         ready = time.perf_counter() - began
     rows = cmi.padded_rows(frames, np.array([0]), spec.rows)
-    together, together95 = milliseconds(lambda: cmi.predict_keras(model, ones[7]), 300)
-    loop, _ = milliseconds(lambda: [np.asarray(net(rows, training=False)) for net in networks], 10)
-    networks[0].predict(rows, verbose=0)
-    own, _ = milliseconds(lambda: networks[0].predict(rows, verbose=0), 10)
-    gc.collect()
-    before = resident_mb()
-    for i in range(CALLS):
-        cmi.predict_keras(model, ones[i % len(ones)])
-    gc.collect()
-    return {
-        "seconds_to_first_answer": ready, "ms": together, "ms_95th": together95, "ms_plain_loop": loop,
-        "ms_keras_predict": FOLDS * own, "mb_grown_in_3000_calls": resident_mb() - before,
-        "keras": float(".".join(keras.__version__.split(".")[:2])),
-    }  # fmt: skip
+    ours = turns(lambda: cmi.predict_keras(model, ones[7]), repeats=300)[:, 0]
+    loop, own = medians(
+        lambda: [np.asarray(net(rows, training=False)) for net in networks],
+        lambda: [net.predict(rows, verbose=0) for net in networks],
+        repeats=10,
+    )
+    p50, p95 = np.quantile(ours, (0.5, 0.95)).tolist()
+    what = f"one recording through {FOLDS} networks"
+    return [
+        Row(f"{what}, p50, against calls one after the other", p50, loop, "ms"),
+        Row(f"{what}, p50, against Keras's predict", p50, own, "ms"),
+        Row(f"{what}, p95", p95, None, "ms"),
+        Row(f"loading {FOLDS} networks and the first answer", ready, None, "s"),
+        Row(f"resident memory grown in {CALLS:,} answers", growth_mb(model, ones), None, "MB"),
+    ]
 
 
-def training(epochs: int = 12) -> dict[str, float]:
-    """Out-of-fold score in both modes, with the demo's number of epochs and otherwise the defaults."""
-    cfg = cmi.Config(n_folds=3, keras_max_epochs=epochs)
-    rec = simulated(subjects=24, recordings=51)
+def keras_training() -> list[Row]:
+    """Out-of-fold score in both modes: few epochs, otherwise the defaults."""
+    cfg = cmi.Config(n_folds=3, keras_max_epochs=EPOCHS)
+    rec = simulated(*SIZE)
     frames, labels, fold = cmi.make_frames(rec), rec.labels, cmi.make_folds(rec.subject, cfg)
     assert labels is not None
-    found: dict[str, float] = {}
+    out: list[Row] = []
     for mode in cmi.MODES:
         x, answer = frames.of_mode(mode), np.full(len(frames), -1)
         began = time.perf_counter()
@@ -113,17 +100,17 @@ def training(epochs: int = 12) -> dict[str, float]:
                 model = cmi.load_keras(job.folder, [job.stem], labels.table, cfg)
                 proba = cmi.predict_keras(model, x.take(job.valid))[0]
                 answer[job.valid] = cmi.gesture_proba(proba, labels.table).argmax(axis=1)
-        found[f"score_{mode}"] = cmi.score(labels.gesture, answer)
-        found[f"seconds_{mode}"] = time.perf_counter() - began
-    return found
-
-
-def run(*, only_serving: bool = False) -> dict[str, float]:
-    figures = serving() | ({} if only_serving else training())
-    for name, value in figures.items():
-        print(f"{name:<26} {value:10.3f}")
-    return figures
+        secs = time.perf_counter() - began
+        what = f"{mode}, {cfg.n_folds} folds, {EPOCHS} epochs"
+        out.append(Row(f"score {what}", cmi.score(labels.gesture, answer), None, SCORE))
+        out.append(Row(f"training {what}", secs, None, "s"))
+    return out
 
 
 if __name__ == "__main__":
-    print(json.dumps(run(only_serving="--serving" in sys.argv)))
+    serving_only = {"keras_serving": keras_serving}
+    report(
+        serving_only
+        if "--serving" in sys.argv
+        else serving_only | {"keras_training": keras_training}
+    )

@@ -2,7 +2,7 @@
 
     python tests/benchmark_torch.py            # about half an hour on two idle cores
     python tests/benchmark_torch.py --speed    # batches and serving only, about a minute
-    python tests/benchmark_torch.py --defaults # what other settings score, about a quarter of an hour
+    python tests/benchmark_torch.py --defaults # what other settings score, an hour on one core
 
 Scores are out-of-fold on simulated recordings: 24 subjects, half of the protocol each, two of four
 folds. "assigned" lets each subject's recordings take every composite label once. The baselines see
@@ -11,7 +11,6 @@ the same batches, losses and schedule; only the network differs.
 
 import dataclasses
 import itertools
-import json
 import sys
 import tempfile
 import time
@@ -21,24 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT)] if str(ROOT) not in sys.path else []
-
-import cmi_pipeline as cmi  # noqa: E402
+from measured import SCORE, Part, Row, cmi, report, simulated, turns
 
 FOLDS, USED_FOLDS = 4, 2
-
-
-def simulated(subjects: int = 24, recordings: int = 51, seed: int = 1) -> cmi.Recordings:
-    """Canonical simulated recordings; nobody is taken to wear the device upside down."""
-    import cmi_simulator
-
-    with tempfile.TemporaryDirectory() as folder:
-        sizes = ["--subjects", str(subjects), "--recordings", str(recordings)]
-        cmi_simulator.main([folder, *sizes, "--test-subjects", "1", "--seed", str(seed)])
-        rec = cmi.read_train(Path(folder))
-    return dataclasses.replace(cmi.canonical(rec, np.zeros(len(rec), bool)), labels=rec.labels)
+SEEDS = (1, 2, 3)
+SIZE = (24, 51)  # subjects and recordings of each that the scores are of
+SPEED_SIZE = (4, 102)
+SCORED = cmi.Config(n_folds=FOLDS, save_jsonl=False)
 
 
 # Simpler networks -----------------------------------------------------------------------------
@@ -117,7 +105,7 @@ def assigned(proba: cmi.F32, subject: cmi.Str, table: cmi.I64) -> cmi.I64:
 def fold_scores(
     rec: cmi.Recordings, frames: cmi.Frames, mode: str, kind: str, cfg: cmi.Config
 ) -> dict[str, float]:
-    """Mean over folds of the score, plain and assigned, and of the seconds a fold took."""
+    """Mean over folds of the score, plain and assigned, and of the processor seconds of a fold."""
     labels, fold = rec.labels, cmi.make_folds(rec.subject, cfg)
     assert labels is not None
     x, found = frames.of_mode(mode), []
@@ -152,23 +140,34 @@ def networks_of(path: Path) -> tuple[Any, cmi.NetSpec]:
     return net.eval(), spec
 
 
-def scores(cfg: cmi.Config) -> dict[str, dict[str, float]]:
-    """Three networks in both modes."""
-    rec = simulated()
-    frames, found = cmi.make_frames(rec), {}
-    print(f"{'network':<12} {'mode':<5} {'score':>7} {'assigned':>9} {'cpu s':>7}")
-    for kind in ("plain CNN", "no stems", "ours"):
-        for mode in cmi.MODES:
-            row = fold_scores(rec, frames, mode, kind, cfg)
-            found[f"{kind}, {mode}"] = row
-            told = f"{row['score']:7.3f} {row['assigned']:9.3f} {row['cpu_secs']:7.0f}"
-            print(f"{kind:<12} {mode:<5} {told}", flush=True)
-    return found
+def compared(what: str, other: str, ours: dict[str, float], plain: dict[str, float]) -> list[Row]:
+    """Two networks or settings on the same folds."""
+    secs = ours["cpu_secs"], plain["cpu_secs"]
+    return [
+        Row(f"score {what}, against {other}", ours["score"], plain["score"], SCORE),
+        Row(f"score {what}, assigned, against {other}", ours["assigned"], plain["assigned"], SCORE),
+        Row(f"processor time of a fold {what}, against {other}", *secs, "s"),
+    ]  # fmt: skip
+
+
+def torch_scores() -> list[Row]:
+    """Our network against two simpler ones, in both modes."""
+    rec, out = simulated(*SIZE), []
+    frames = cmi.make_frames(rec)
+    for mode in cmi.MODES:
+        found = {}
+        for kind in ("plain CNN", "no stems", "ours"):
+            found[kind] = fold_scores(rec, frames, mode, kind, SCORED)
+            cmi.log("scored", network=kind, mode=mode, **found[kind])
+        out += compared(mode, "a plain 1-D CNN", found["ours"], found["plain CNN"])
+        out += compared(mode, "our network without stems", found["ours"], found["no stems"])
+    return out
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "as it is": {},
     "early stopping, patience 6": {"torch_es_patience": 6},
+    "batch 16": {"torch_batch_size": 16},
     "batch 64": {"torch_batch_size": 64},
     "no averaged weights": {"torch_ema": 0.0},
     "no mixup": {"torch_mixup_prob": 0.0},
@@ -180,37 +179,37 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def defaults(cfg: cmi.Config) -> dict[str, dict[str, float]]:
-    """What one other setting at a time scores, all sensors."""
-    rec = simulated()
-    frames, found = cmi.make_frames(rec), {}
-    for name, changes in VARIANTS.items():
-        row = fold_scores(rec, frames, "all", "ours", dataclasses.replace(cfg, **changes))
-        found[name] = row
-        print(
-            f"{name:<40} {row['score']:7.3f} {row['assigned']:9.3f} {row['cpu_secs']:7.0f}",
-            flush=True,
+def torch_defaults() -> list[Row]:
+    """What one other setting at a time scores, all sensors: other subjects each seed."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in VARIANTS}
+    for seed in SEEDS:
+        rec = simulated(*SIZE, seed)
+        frames = cmi.make_frames(rec)
+        for name, changes in VARIANTS.items():
+            changed = dataclasses.replace(SCORED, seed=seed, **changes)
+            found[name].append(row := fold_scores(rec, frames, "all", "ours", changed))
+            cmi.log("scored", seed=seed, settings=name, **row)
+    means = {name: {k: float(np.mean([r[k] for r in rows])) for k in rows[0]}
+             for name, rows in found.items()}  # fmt: skip
+    spread = {name: float(np.std([r["score"] for r in rows])) for name, rows in found.items()}
+    ours, what, out = means.pop("as it is"), f"all, mean of {len(SEEDS)} seeds", []
+    for name, plain in means.items():
+        out += compared(what, name, ours, plain)
+        out.append(
+            Row(f"spread of the seeds' scores, against {name}", spread["as it is"], spread[name])
         )
-    return found
+    return out
 
 
 # Speed ------------------------------------------------------------------------------------------
 
 
-def milliseconds(*calls: Callable[[], object], repeats: int) -> list[float]:
-    """Lower quartile of each call's time; they take turns, so that all meet the same machine."""
-    took = []
-    for _ in range(repeats + 1):
-        row = []
-        for call in calls:
-            began = time.perf_counter()
-            call()
-            row.append(1e3 * (time.perf_counter() - began))
-        took.append(row)
-    return np.quantile(took[1:], 0.25, axis=0).tolist()
+def quartile(*calls: Callable[[], object], repeats: int) -> list[float]:
+    """Lower quartile of each call's milliseconds: less moved by what else runs than the median."""
+    return np.quantile(turns(*calls, repeats=repeats), 0.25, axis=0).tolist()
 
 
-def step_speed(rec: cmi.Recordings, cfg: cmi.Config) -> dict[str, float]:
+def step_speed(rec: cmi.Recordings, cfg: cmi.Config) -> list[Row]:
     """Share of a step that makes its batch, which must not be seen in the step's time."""
     import torch
 
@@ -231,12 +230,14 @@ def step_speed(rec: cmi.Recordings, cfg: cmi.Config) -> dict[str, float]:
 
     batch = make()
     run.net.train()
-    making, step = milliseconds(make, lambda: cmi.train_step(run, batch, noise, cfg), repeats=60)
-    share = making / (making + step)
-    return {"ms to make a batch": making, "ms of its step": step, "share of making": share}
+    making, step = quartile(make, lambda: cmi.train_step(run, batch, noise, cfg), repeats=60)
+    return [
+        Row("making a batch, against its step", making, step, "ms"),
+        Row("share of making a batch in both", 100 * making / (making + step), None, "%"),
+    ]
 
 
-def serving_speed(rec: cmi.Recordings, cfg: cmi.Config) -> dict[str, float]:
+def serving_speed(rec: cmi.Recordings, cfg: cmi.Config) -> list[Row]:
     """One recording through five networks: all at once, and one after the other."""
     labels, frames = rec.labels, cmi.make_frames(rec)
     assert labels is not None
@@ -260,22 +261,20 @@ def serving_speed(rec: cmi.Recordings, cfg: cmi.Config) -> dict[str, float]:
             for net in model.nets:
                 cmi.ask(net, store, np.zeros(1, np.int64))
 
-    stacked, looped = (t / len(ones) for t in milliseconds(at_once, loop, repeats=10))
-    return {"ms, five networks at once": stacked, "ms, five networks in a loop": looped}
+    stacked, looped = (t / len(ones) for t in quartile(at_once, loop, repeats=10))
+    return [Row("one recording through 5 networks, against a loop", stacked, looped, "ms")]
 
 
-def run(*, only_speed: bool = False) -> dict[str, Any]:
-    rec = simulated(subjects=4, recordings=102)
-    figures: dict[str, Any] = step_speed(rec, cmi.Config()) | serving_speed(rec, cmi.Config())
-    for name, value in figures.items():
-        print(f"{name:<40} {value:10.3f}")
-    if not only_speed:
-        figures["scores"] = scores(cmi.Config(n_folds=FOLDS, save_jsonl=False))
-    return figures
+def torch_speed() -> list[Row]:
+    """Making batches against learning from them, and five networks at once against a loop."""
+    rec = simulated(*SPEED_SIZE)
+    return step_speed(rec, cmi.Config()) + serving_speed(rec, cmi.Config())
 
 
 if __name__ == "__main__":
+    parts: dict[str, Part] = {"torch_speed": torch_speed, "torch_scores": torch_scores}
     if "--defaults" in sys.argv:
-        print(json.dumps(defaults(cmi.Config(n_folds=FOLDS, save_jsonl=False))))
-    else:
-        print(json.dumps(run(only_speed="--speed" in sys.argv)))
+        parts = {"torch_defaults": torch_defaults}
+    elif "--speed" in sys.argv:
+        parts = {"torch_speed": torch_speed}
+    report(parts)

@@ -139,7 +139,7 @@ def test_fixed_weights_are_taken_and_renormalised() -> None:
     [
         (cmi.Config(ensemble_weights="lgbm:0,torch:0"), "sum to zero"),
         (cmi.Config(ensemble_weights="lgbm:-1,torch:2"), "negative"),
-        (cmi.Config(ensemble_w_lgbm=float("nan")), "infinite|negative|finite"),
+        (cmi.Config(ensemble_weights="lgbm:nan,torch:2"), "infinite"),
         (cmi.Config(ensemble_weights="catboost:1"), "'catboost' is no member. Known: lgbm"),
         (cmi.Config(ensemble_weights="lgbm=0.5"), "is no member|member:number"),
         (cmi.Config(ensemble_weights="lgbm:half"), "member:number"),
@@ -228,3 +228,12 @@ def test_weights_survive_json() -> None:
     np.testing.assert_array_equal(
         same.mix({"lgbm/all": one}, TABLE), blend.mix({"lgbm/all": one}, TABLE)
     )
+
+
+def test_weights_without_lightgbm_leave_recordings_without_rotation_to_it() -> None:
+    """norot has models of LightGBM alone: settings that give it nothing cannot hold there."""
+    proba = np.full((1, 20, 18), 1 / 18, np.float32)
+    cfg = cmi.Config(ensemble_weights="torch:0.6,keras:0.4")
+    truth = np.arange(20) % 18
+    blend = cmi.make_blend([("lgbm", cmi.BLIND)], proba, truth, "probability", cfg)
+    assert blend.weights == (1.0,)

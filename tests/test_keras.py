@@ -668,6 +668,29 @@ def test_when_memory_runs_out_micro_batches_halve_and_the_step_stays(
     assert np.isfinite(info["loss"])
 
 
+def test_a_retreat_goes_on_from_this_runs_own_epochs_without_resume_too(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import tensorflow as tf
+
+    frames, labels, subject = data
+    whole, sums = cmi.train_epoch, []
+
+    def train_epoch(run: cmi.KerasRun, batches: Iterator[Any], epoch: int, told: Any) -> Any:
+        if epoch == 1:
+            sums.append(float(run.trainer.network.trainable_variables[0].numpy().sum()))
+            if run.size > 4:
+                raise tf.errors.ResourceExhaustedError(None, None, "injected")
+        return whole(run, batches, epoch, told)
+
+    monkeypatch.setattr(cmi, "train_epoch", train_epoch)
+    monkeypatch.setattr(cmi, "keras_batch", lambda *_: 8)
+    cfg = config(keras_max_epochs=2, resume=False)
+    cmi.fit_keras(job_in(tmp_path, subject), frames, labels, cfg)
+    assert len(sums) == 2
+    assert sums[0] == sums[1], "not back to untrained kernels"
+
+
 def test_accumulated_micro_batches_are_one_step(data: Data, tmp_path: Path) -> None:
     run = run_of(data, tmp_path, size=4)
     run.accumulate = 2
@@ -742,10 +765,10 @@ def test_imu_mode_and_ten_recordings(data: Data, tmp_path: Path) -> None:
 
 
 def test_settings_that_cannot_work_are_named() -> None:
-    with pytest.raises(cmi.ConfigError, match="KERAS_WIDTH=20"):
-        cmi.dataclasses.replace(SPEC, width=20)
-    with pytest.raises(cmi.ConfigError, match=r"KERAS_POLICY='half'.*mixed_float16"):
-        cmi.dtype_policy(config(keras_policy="half"))
+    with pytest.raises(cmi.ConfigError, match=r"KERAS_WIDTH=24.*multiple of 16"):
+        config(keras_width=24)
+    with pytest.raises(cmi.ConfigError, match=r"KERAS_POLICY=half.*mixed_float16"):
+        config(keras_policy="half")
     assert cmi.dtype_policy(config(keras_policy="mixed_bfloat16")) == "mixed_bfloat16"
 
 

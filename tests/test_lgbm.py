@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import lightgbm as lgb
@@ -99,7 +101,7 @@ def test_composites_are_the_product_within_a_gesture(
 
 def test_all_trees_at_once_answer_as_lightgbm(fitted: tuple[Path, cmi.Table, cmi.Labels]) -> None:
     folder, table, labels = fitted
-    model = cmi.load_lgbm(folder / "all", ["fold01", "fold01"], labels.table, CFG)
+    (model,) = cmi.load_lgbm(folder / "all", ["fold01", "fold01"], labels.table, CFG)
     assert model.forest is not None
     plain = cmi.dataclasses.replace(model, forest=None)
     rng = np.random.default_rng(1)
@@ -222,7 +224,10 @@ def test_importance_is_summed_up_over_folds(tmp_path: Path) -> None:
     for k, gain in ((0, 1.0), (1, 3.0)):
         text = f"feature,gain,split\na,{gain},2\nb,0,0\n"
         cmi.write_whole(tmp_path / "all" / f"fold0{k}_importance.csv", text)
-    cmi.summarise_lgbm({"all": tmp_path / "all"}, tmp_path)
+    stale = "feature,gain,split\na,900,9\n"  # of a run with more folds
+    cmi.write_whole(tmp_path / "all" / "fold02_importance.csv", stale)
+    stems = [tmp_path / "all" / "fold00", tmp_path / "all" / "fold01"]
+    cmi.summarise_lgbm({"all": stems}, tmp_path)
     rows = pl.read_csv(tmp_path / "feature_importance.csv").to_dicts()
     assert rows[0]["feature"] == "a"
     assert (rows[0]["gain_mean"], rows[0]["gain_std"]) == (2.0, pytest.approx(2**0.5))
@@ -291,3 +296,42 @@ def test_what_is_written_ends_with_the_best_round(tmp_path: Path, metric: str) -
     assert info["rounds"] == int(np.argmin(worse)) + 1 == len(told) - 7
     text = (tmp_path / "all" / "fold01.txt").read_text()
     assert text.count("Tree=") == 18 * info["rounds"]
+
+
+def test_folds_with_columns_of_their_own_answer_together(tmp_path: Path) -> None:
+    """With LGBM_TOP_FEATURES each fold chooses its columns; served, they answer side by side."""
+    table, labels = tiny(seed=9)
+    job = a_job(tmp_path)
+    for k in (0, 1, 2):
+        cmi.fit_lgbm(cmi.dataclasses.replace(job, fold=k), table, labels, CFG)
+    some = cmi.dataclasses.replace(CFG, lgbm_top_features=3)
+    cmi.fit_lgbm(cmi.dataclasses.replace(job, fold=1), table, labels, some)
+    stems = ["fold00", "fold01", "fold02"]
+    models = cmi.load_lgbm(job.folder, stems, labels.table, CFG)
+    assert [len(model.names) for model in models] == [F, 3, F]
+    for rows in (table, table.take(np.arange(1))):
+        alone = [cmi.load_lgbm(job.folder, [stem], labels.table, CFG) for stem in stems]
+        expected = np.concatenate([cmi.predict_lgbm(model, rows) for model in alone])
+        np.testing.assert_array_equal(cmi.predict_lgbm(models, rows), expected)
+
+
+def test_a_hostile_text_is_refused_without_asserts_too(tmp_path: Path) -> None:
+    """python -O removes asserts; what keeps LightGBM within its arrays must stay."""
+    table, labels = tiny()
+    five = cmi.Table(table.names[:5], table.x[:, :5], table.modality[:5], table.blank[:5])
+    cmi.fit_lgbm(a_job(tmp_path), five, labels, CFG)
+    path = tmp_path / "all" / "fold01.txt"
+    text = path.read_text()
+    asked = re.search(r"split_feature=(\d+)", text)
+    assert asked
+    high = "9" * len(asked[1])  # the text keeps its length, which is checked first
+    path.write_text(text.replace(asked[0], f"split_feature={high}", 1))
+    code = f"import cmi_pipeline as c; from pathlib import Path; c.checked_booster_text(Path({str(path)!r}), 18)"
+    done = subprocess.run(
+        [sys.executable, "-O", "-c", code],
+        cwd=Path(cmi.__file__).parent,
+        text=True,
+        capture_output=True,
+    )
+    assert "DataError" in done.stderr, done.stderr
+    assert re.search("it asks for feature 9+ of 5", done.stderr)

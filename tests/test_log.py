@@ -71,6 +71,16 @@ def test_a_resumed_loop_counts_its_rate_from_where_it_was_taken_up(
     assert float(line["eta"]) == 15
 
 
+def test_a_loop_that_has_done_nothing_yet_still_tells(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress = cmi.Progress("jobs", 4, 1, cmi.Config())
+    clock.now += 30
+    progress.step(0)
+    (line,) = lines(capsys)
+    assert (line["done"], line["eta"]) == ("0/4", "nan")
+
+
 @pytest.mark.usefixtures("clock")
 def test_figures_are_asked_for_only_if_a_line_is_due() -> None:
     asked: list[int] = []

@@ -297,3 +297,47 @@ def test_replayed_wearers_share_no_labels(cfg: cmi.Config) -> None:
     np.testing.assert_array_equal(
         cmi.replay_assignment(right, dataclasses.replace(study, labels=labels), cfg, 3), 1
     )
+
+
+def test_a_mode_trained_here_has_a_bundle_though_another_is_reused(
+    cfg: cmi.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (member,) = cmi.MEMBERS.values()
+    monkeypatch.setattr(cmi, "MEMBERS", {"torch": dataclasses.replace(member, modes=cmi.MODES)})
+    study = study_of(cfg)
+    away = dataclasses.replace(cfg, output_path=tmp_path / "away")
+    cmi.train_members(cmi.make_plan(study, away), study, away)
+    next((away.out / "torch_models" / "imu").glob("fold00*.txt")).write_text("damaged")
+    named = dataclasses.replace(cfg, torch_bundle_path=away.out / "torch_models")
+    cmi.train_members(cmi.make_plan(study, named), study, named)
+    found = cmi.find_models(named, {})
+    assert found["torch/all"][0] == away.out / "torch_models" / "all"
+    assert found["torch/imu"][0] == cfg.out / "torch_models" / "imu"
+
+
+def test_a_mode_that_is_done_has_a_bundle_before_the_next_one_fails(
+    cfg: cmi.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(job: cmi.Job, *rest: Any) -> dict[str, Any]:
+        if job.mode == "imu":
+            raise RuntimeError("planted")
+        return fit(job, *rest)
+
+    (member,) = cmi.MEMBERS.values()
+    broken = dataclasses.replace(member, modes=cmi.MODES, fit=failing)
+    monkeypatch.setattr(cmi, "MEMBERS", {"torch": broken})
+    study = study_of(cfg)
+    with pytest.raises(RuntimeError, match="planted"):
+        cmi.train_members(cmi.make_plan(study, cfg), study, cfg)
+    assert list(cmi.find_models(cfg, {})) == ["torch/all"]
+
+
+def test_a_mistake_in_the_weights_shows_before_training(
+    cfg: cmi.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = dataclasses.replace(cfg, ensemble_weights="keras:1")
+    study = study_of(wrong)
+    monkeypatch.setattr(cmi, "make_study", lambda _: study)
+    with pytest.raises(cmi.ConfigError, match="is no member"):
+        cmi.train_all(wrong)
+    assert not (cfg.out / "torch_models").exists()

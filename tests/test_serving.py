@@ -225,18 +225,19 @@ def test_in_strict_mode_a_part_that_fails_is_not_left_out(
 
 
 def test_questions_at_once_are_answered_one_after_the_other(
-    serve: Callable[..., cmi.Predictor], rec: cmi.Recordings
+    serve: Callable[..., cmi.Predictor], rec: cmi.Recordings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inside, most = [], []
+    inside, most, read = [], [], cmi.to_recordings
 
-    def slow(seen: cmi.Recordings) -> list[float]:
+    def slow(*frames: pl.DataFrame) -> cmi.Recordings:
         inside.append(1)
         most.append(len(inside))
-        time.sleep(0.02)
+        time.sleep(0.05)
         inside.pop()
-        return always(0)(seen)
+        return read(*frames)
 
-    predictor = serve({"all": slow}, frame_cache_max_items=0)
+    monkeypatch.setattr(cmi, "to_recordings", slow)
+    predictor = serve({"all": always(0)})
     frames = [frame_of(alone(rec, i)) for i in range(4)]
     asks = [
         threading.Thread(target=predictor.predict, args=(frame, person_of())) for frame in frames
@@ -247,3 +248,62 @@ def test_questions_at_once_are_answered_one_after_the_other(
         ask.join()
     assert most == [1] * 4
     assert predictor.calls == 4
+
+
+def test_who_is_left_answers_though_without_weight(
+    serve: Callable[..., cmi.Predictor], rec: cmi.Recordings
+) -> None:
+    predictor = serve({"all": always(2)})
+    assert predictor.served
+    parts = ("torch/all", "lgbm/all")  # only the second is loaded
+    predictor.served.blends["all"] = cmi.Blend(parts, (1.0, 0.0), "probability", (None, None))
+    assert predictor.predict(frame_of(alone(rec, 0)), person_of()) == ANSWER["norot"]
+    assert not predictor.fallbacks
+
+
+class ForeignError(Exception):
+    """As TensorFlow's and LightGBM's own, which derive from nothing narrower."""
+
+
+def raising(_: cmi.Recordings) -> list[float]:
+    raise ForeignError("planted")
+
+
+def test_an_error_of_a_packages_own_kind_costs_that_part_alone(
+    serve: Callable[..., cmi.Predictor], rec: cmi.Recordings
+) -> None:
+    predictor = serve({"all": raising, "imu": always(1)}, strict=False)
+    assert predictor.served
+    both = cmi.Blend(("lgbm/all", "lgbm/imu"), (0.5, 0.5), "probability", (None, None))
+    predictor.served.blends["all"] = both
+    assert predictor.predict(frame_of(alone(rec, 0)), person_of()) == ANSWER["imu"]
+    assert predictor.fallbacks == {"lgbm/all: ForeignError: planted": 1}
+
+
+def test_models_that_cannot_be_had_are_asked_for_once(
+    serve: Callable[..., cmi.Predictor], rec: cmi.Recordings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
+
+    def load(_: cmi.Config) -> cmi.Served:
+        tries.append(1)
+        raise ForeignError("no card")
+
+    monkeypatch.setattr(cmi, "load_served", load)
+    predictor = serve(ROUTES, strict=False)
+    predictor.served = None
+    for _ in range(3):
+        assert predictor.predict(frame_of(alone(rec, 0)), person_of()) == "Text on phone"
+    assert len(tries) == 1, "a load can take minutes"
+    assert predictor.fallbacks == {"ForeignError: no card": 3}
+
+
+def test_fixed_weights_hold_for_bundles_too(capsys: pytest.CaptureFixture[str]) -> None:
+    parts, knobs = ("lgbm/all", "torch/all", "lgbm/imu"), (None,) * 3
+    blend = cmi.Blend(parts, (0.2, 0.5, 0.3), "probability", knobs)
+    asked = cmi.Config(ensemble_weights="lgbm:1,torch:3")
+    assert cmi.as_asked("all", blend, asked).weights == (0.25, 0.75, 0.0)
+    assert cmi.as_asked("all", blend, cmi.Config()) is blend
+    absent = cmi.Config(ensemble_weights="keras:1")
+    assert cmi.as_asked("all", blend, absent) is blend
+    assert "leave nothing" in capsys.readouterr().out

@@ -55,6 +55,10 @@ def test_a_value_that_cannot_be_read_stops_the_run(name: str, text: str, message
 @pytest.mark.parametrize(("bad", "why"), [
     ({"N_FOLDS": "1"}, "N_FOLDS"), ({"LGBM_ES_METRIC": "auc"}, "LGBM_ES_METRIC"),
     ({"MODALITY_DROPOUT_PROB": "1.5"}, "MODALITY_DROPOUT_PROB"), ({"CMI_BACKEND": "spark"}, "CMI_BACKEND"),
+    ({"SEED": "-1"}, "SEED"), ({"LGBM_TOP_FEATURES": "-2"}, "LGBM_TOP_FEATURES"), ({"LGBM_LR": "0"}, "LGBM_LR"),
+    ({"KERAS_BATCH_SIZE": "0"}, "KERAS_BATCH_SIZE"), ({"KERAS_MAX_EPOCHS": "0"}, "KERAS_MAX_EPOCHS"),
+    ({"KERAS_LR": "nan"}, "KERAS_LR"), ({"TORCH_ES_MIN_DELTA": "nan"}, "TORCH_ES_MIN_DELTA"),
+    ({"ENSEMBLE_W_LGBM": "-1"}, "ENSEMBLE_W_LGBM"),
 ])  # fmt: skip
 def test_a_value_out_of_range_stops_the_run(bad: dict[str, str], why: str) -> None:
     with pytest.raises(cmi.ConfigError, match=why):

@@ -81,3 +81,16 @@ def test_nobody_is_judged_by_a_model_that_saw_their_fold(
     for i, rows in enumerate(seen[:-1]):
         np.testing.assert_array_equal(rows, size[fold != i % 4])
     np.testing.assert_array_equal(seen[-1], size)
+
+
+def test_a_missing_sensor_is_no_evidence(rec: cmi.Recordings) -> None:
+    """One of a pair that is not there says nothing about which way round they sit."""
+    lost_tof, lost_thm = rec.tof.copy(), rec.thm.copy()
+    lost_tof[:, 4], lost_thm[:, 4] = cmi.MISSING, np.nan  # the fifth of each
+    lost = cmi.dataclasses.replace(rec, tof=lost_tof, thm=lost_thm)
+    before, after = (cmi.odd_features(r).reshape(len(rec), 3, 10) for r in (rec, lost))
+    gone = [7, 9]  # ToF 3 less 5, THM 3 less 5
+    assert (before[..., gone] != 0).any(axis=(0, 1)).all()
+    assert (after[..., gone] == 0).all()
+    rest = np.setdiff1d(np.arange(10), gone)
+    np.testing.assert_array_equal(after[..., rest], before[..., rest])
