@@ -356,7 +356,7 @@ PARTS: dict[str, Part] = {part.__name__: part for part in (
 QUICK = ("start", "search", "boosting", "serving", "features", "torch_speed", "keras_serving")
 
 
-def main() -> None:
+def main() -> int:
     """Run the parts that are asked for, then print all that benchmark.json holds."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -365,10 +365,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="also: " + ", ".join(QUICK))
     asked = parser.parse_args()
     chosen = {*asked.parts, *(QUICK if asked.quick else ())} or {*PARTS}
-    measured.measure({name: part for name, part in PARTS.items() if name in chosen})
-    known = measured.saved()
-    print(measured.table({name: known[name] for name in PARTS if name in known}))
+    parts = {name: part for name, part in PARTS.items() if name in chosen}
+    return measured.report(parts, shown=PARTS)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -109,8 +109,10 @@ def keras_training() -> list[Row]:
 
 if __name__ == "__main__":
     serving_only = {"keras_serving": keras_serving}
-    report(
-        serving_only
-        if "--serving" in sys.argv
-        else serving_only | {"keras_training": keras_training}
+    sys.exit(
+        report(
+            serving_only
+            if "--serving" in sys.argv
+            else serving_only | {"keras_training": keras_training}
+        )
     )

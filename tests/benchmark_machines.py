@@ -58,4 +58,4 @@ def machines(turns: int = 3) -> list[Row]:
 
 
 if __name__ == "__main__":
-    report({"machines": functools.partial(machines, *map(int, sys.argv[1:2]))})
+    sys.exit(report({"machines": functools.partial(machines, *map(int, sys.argv[1:2]))}))

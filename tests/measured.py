@@ -13,7 +13,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Container, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -133,28 +134,41 @@ def saved() -> dict[str, Entry]:
     if not RESULTS.exists():
         return {}
     entries = json.loads(RESULTS.read_text())
-    return {name: e for name, e in entries.items() if isinstance(e, dict) and "rows" in e}
+    return {name: e for name, e in entries.items() if isinstance(e, dict) and "packages" in e}
 
 
-def measure(parts: Mapping[str, Part]) -> None:
-    """Run the parts in turn and keep each one's rows, beside those of the parts not run now."""
+def measure(parts: Mapping[str, Part]) -> list[str]:
+    """Run the parts in turn and keep each one's rows, beside those of the parts not run now.
+
+    Returns the names of those that failed: their errors are shown, and the others go on.
+    """
     CACHE.mkdir(parents=True, exist_ok=True)
+    failed = []
     for name, part in parts.items():
         entry, began = circumstances(), time.perf_counter()
         cmi.log("begins", part=name, load=entry["load"])
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
-            rows = alone.submit(part).result()
+            done = alone.submit(part)
+            error = done.exception()
+        if error:
+            traceback.print_exception(error)
+            failed.append(name)
+            continue
+        rows = done.result()
         secs = round(time.perf_counter() - began, 1)
         entry |= {"seconds": secs, "rows": [asdict(row) | {"ratio": row.ratio} for row in rows]}
         content = json.dumps(saved() | {name: entry}, indent=1, default=float)
         cmi.write_whole(RESULTS, content + "\n")
         cmi.log("ends", part=name, secs=secs)
+    return failed
 
 
-def report(parts: Mapping[str, Part]) -> None:
-    """Run the parts and print the table of their figures."""
-    measure(parts)
-    print(table({name: entry for name, entry in saved().items() if name in parts}))
+def report(parts: Mapping[str, Part], shown: Container[str] | None = None) -> int:
+    """Run the parts and print the table of their figures, or of all `shown`; the exit status."""
+    failed = measure(parts)
+    shown = parts if shown is None else shown
+    print(table({name: entry for name, entry in saved().items() if name in shown}))
+    return int(bool(failed))
 
 
 def turns(*calls: Callable[[], object], repeats: int) -> cmi.F64:

@@ -357,6 +357,16 @@ def test_without_matplotlib_the_report_says_so(
     assert len(Page(body.replace("<br>", "<br/>")).tables["confusion"]) == 19
 
 
+def test_curves_of_boosters_that_watched_the_score_alone(outcome: cmi.Outcome) -> None:
+    """With LGBM_ES_METRIC=score the log has no loss; the page is written all the same."""
+    lines = [{"mode": "all", "fold": 0, "round": n, "score": 0.5} for n in (10, 20)]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (outcome.cfg.out / "logs" / "lgbm_progress.jsonl").write_text(text)
+    strict = cmi.dataclasses.replace(outcome.cfg, strict=True)
+    cmi.write_report(cmi.dataclasses.replace(outcome, cfg=strict), strict)
+    assert (outcome.cfg.out / "report" / "index.html").is_file()
+
+
 @pytest.mark.parametrize("broken", ["weights", "oof", "features", "log"])
 def test_a_failure_is_an_error_in_strict_mode_only(
     outcome: cmi.Outcome, capsys: pytest.CaptureFixture[str], broken: str

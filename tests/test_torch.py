@@ -621,6 +621,19 @@ def test_accumulated_pieces_have_the_gradient_of_the_whole(tmp_path, micro):
         assert (a - b).abs().max() <= 2e-4 * a.abs().max() + 1e-6
 
 
+def test_a_checkpoint_of_another_precision_can_be_taken_up(tmp_path):
+    """float16 has a scaler; float32 and bfloat16 leave nothing of theirs in the file."""
+    rec, labels = labelled(20)
+    job = job_in(tmp_path, range(15), range(15, 20))
+    run = training_of(job, cmi.make_frames(rec), config(), labels)[0]
+    state = run.state() | {"epoch": 3}
+    assert state["scaler"] == {}
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=True)
+    run.restore(state)
+    assert run.epoch == 3
+    assert run.scaler.get_scale() == 8.0
+
+
 def test_out_of_memory_halves_the_pieces_and_goes_on(tmp_path, monkeypatch, capsys):
     rec, labels = labelled(40)
     frames, cfg = cmi.make_frames(rec), config(torch_batch_size=512, torch_max_epochs=2)
