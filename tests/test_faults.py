@@ -953,7 +953,7 @@ table = np.load(folder / "table.npy")
 for path in sorted(folder.glob("*.model")):
     (folder / "fold00.txt").write_bytes(path.read_bytes())
     try:
-        model = cmi.load_lgbm(folder, ["fold00"], table, cmi.Config())
+        (model,) = cmi.load_lgbm(folder, ["fold00"], table, cmi.Config())
         for n in (1, 3):
             model.proba(np.random.default_rng(n).normal(size=(n, len(model.names))))
         print(path.stem, "answers", flush=True)
