@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -298,7 +299,9 @@ def test_models_that_cannot_be_had_are_asked_for_once(
     assert predictor.fallbacks == {"ForeignError: no card": 3}
 
 
-def test_fixed_weights_hold_for_bundles_too(capsys: pytest.CaptureFixture[str]) -> None:
+def test_fixed_weights_hold_for_bundles_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     parts, knobs = ("lgbm/all", "torch/all", "lgbm/imu"), (None,) * 3
     blend = cmi.Blend(parts, (0.2, 0.5, 0.3), "probability", knobs)
     asked = cmi.Config(ensemble_weights="lgbm:1,torch:3")
@@ -307,3 +310,14 @@ def test_fixed_weights_hold_for_bundles_too(capsys: pytest.CaptureFixture[str]) 
     absent = cmi.Config(ensemble_weights="keras:1")
     assert cmi.as_asked("all", blend, absent) is blend
     assert "leave nothing" in capsys.readouterr().out
+
+    def load(*_: object) -> str:
+        return "a model"
+
+    member = cmi.Member(("numpy",), (), None, None, load, None, 1.0)  # type: ignore[arg-type]
+    monkeypatch.setattr(cmi, "MEMBERS", {"lgbm": member, "torch": member, "keras": member})
+    found = {part: (Path(), ["fold00"], TABLE) for part in parts[:2]}
+    monkeypatch.setattr(cmi, "find_models", lambda *_: found)
+    monkeypatch.setattr(cmi, "chosen_weights", lambda _: (None, "defaults"))
+    assert cmi.load_served(asked).blends["all"].weights == (0.25, 0.75)
+    assert cmi.load_served(cmi.Config()).blends["all"].weights == (0.5, 0.5)
