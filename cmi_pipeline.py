@@ -2554,7 +2554,7 @@ def describe(
 
     Both come from the same chunks, so that what they share is worked out once. What is not wanted
     stays empty.
-    """  # fmt: skip
+    """
     names, modality, blank = table_columns()
     n_channels = sum(len(group) for _, group in GROUPS)
     x = np.empty((table * len(rec), len(names)), np.float32)
@@ -6142,13 +6142,15 @@ def load_models(
 
 def as_asked(mode: str, blend: Blend, cfg: Config) -> Blend:
     """A blend with the weights that the settings fix, if they do; as it is where they cannot hold."""
+    if mode == BLIND:  # as in make_blend
+        return blend
     parts = [part.split("/") for part in blend.parts]
     try:
         fixed = fixed_weights([m for m, of in parts if of == mode], cfg)
     except ConfigError as error:
         log("warning", mode=mode, why=error, instead="weights as they were found")
         return blend
-    if fixed is None or mode == BLIND:
+    if fixed is None:
         return blend
     weights = tuple(fixed[m] if of == mode else 0.0 for m, of in parts)
     return dataclasses.replace(blend, weights=weights)
