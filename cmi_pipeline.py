@@ -498,16 +498,19 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def write_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """As a .npy file, whole or not at all."""
     content = io.BytesIO()
     np.save(content, array, allow_pickle=False)
     write_whole(path, content.getvalue())
 
 
 def write_json(path: Path, content: object) -> None:
+    """As indented JSON, whole or not at all."""
     write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
+    """The content of a file that must be JSON; a `DataError` names it if it is not."""
     try:
         return json.loads(path.read_text())
     except (ValueError, RecursionError) as error:
@@ -956,6 +959,7 @@ def flat_arrays(rec: Recordings) -> dict[str, npt.NDArray[Any]]:
 
 
 def load_recordings(cache: Path) -> Recordings:
+    """What `flat_arrays` wrote, put together again."""
     arrays = {p.stem: np.load(p, allow_pickle=False) for p in cache.glob("*.npy")}
     labels = {
         k.removeprefix("label_"): arrays.pop(k) for k in list(arrays) if k.startswith("label_")
@@ -1029,14 +1033,6 @@ def up_seen(rot: npt.NDArray[Any]) -> F64:
     return side_by_side(2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y))
 
 
-def gravity_felt(rot: npt.NDArray[Any]) -> F64:
-    """Upward reaction to gravity along the device's own axes. (R, 4) → (R, 3) m/s²
-
-    It does not depend on the heading, and q and -q give the same answer.
-    """
-    return GRAVITY * up_seen(rot)
-
-
 def rotation_6d(rot: npt.NDArray[Any]) -> F64:
     """The world's x and y axes in the device frame. (R, 4) → (R, 6)
 
@@ -1048,11 +1044,6 @@ def rotation_6d(rot: npt.NDArray[Any]) -> F64:
         *(1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)),
         *(2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)),
     )
-
-
-def tilt(up: npt.NDArray[Any]) -> F64:
-    """Angle between the device's z axis and the vertical. (R, 3) → (R) rad, 0 … π"""
-    return np.arctan2(np.hypot(up[:, 0], up[:, 1]), up[:, 2])
 
 
 def known_rows(known: Bool, start: I64) -> tuple[I64, I64]:
@@ -1131,6 +1122,13 @@ def continuous_rotation(rot: F64, start: I64) -> F64:
     return smooth * np.repeat(np.where(total < 0, -1.0, 1.0), np.diff(start))[:, None]
 
 
+def row_of(start: I64, order: I64) -> tuple[I64, I64]:
+    """Rows of the recordings in `order`, end to end, and where each then begins."""
+    n = np.diff(start)[order]
+    begin = np.r_[0, np.cumsum(n)]
+    return np.repeat(start[order] - begin[:-1], n) + np.arange(begin[-1]), begin
+
+
 def slow_direction(acc: npt.NDArray[Any], start: I64) -> F64:
     """Where gravity points, guessed without rotation: median over 15 rows. (R, 3) → (R, 3) unit
 
@@ -1159,9 +1157,8 @@ def up_direction(acc: npt.NDArray[Any], rot: F64, start: I64) -> F64:
     blind = np.flatnonzero(np.isnan(rot[start[:-1], 0]))  # recordings
     if not blind.size:
         return up
-    n = np.diff(start)[blind]
-    rows = np.repeat(start[blind] - np.r_[0, np.cumsum(n)[:-1]], n) + np.arange(n.sum())
-    up[rows] = slow_direction(acc[rows], np.r_[0, np.cumsum(n)])
+    rows, begin = row_of(start, blind)
+    up[rows] = slow_direction(acc[rows], begin)
     return up
 
 
@@ -2320,13 +2317,6 @@ def table_columns() -> tuple[tuple[str, ...], U8, F32]:
     return tuple(names), np.array(needs, np.uint8), np.array(blank, np.float32)
 
 
-def row_of(start: I64, order: I64) -> tuple[I64, I64]:
-    """Rows of the recordings in `order`, end to end, and where each then begins."""
-    n = np.diff(start)[order]
-    begin = np.r_[0, np.cumsum(n)]
-    return np.repeat(start[order] - begin[:-1], n) + np.arange(begin[-1]), begin
-
-
 def selection(rec: Recordings, order: I64) -> Recordings:
     """The recordings in `order`, without labels."""
     rows, start = row_of(rec.start, order)
@@ -2467,6 +2457,7 @@ SEEN = {  # channels of a ToF sensor, the first of PIXELS: value with nothing in
 
 
 def triple(name: str) -> tuple[str, ...]:
+    """Names of the three components of a vector."""
     return tuple(f"{name}_{axis}" for axis in "xyz")
 
 
@@ -2490,6 +2481,13 @@ GROUPS = (
     ("thm", THM),
     *((f"tof_{i}", tuple(f"tof_{i}_{name}" for name in SEEN)) for i in range(1, 6)),
 )
+
+
+def vector_triples(names: Sequence[str]) -> I64:
+    """Columns of the vectors of the device frame, *_x, *_y, *_z. → (V, 3)"""
+    assert not any(name.endswith("_w") for name in names), "a quaternion is no vector"
+    stems = [n[:-2] for n in names if n.endswith("_x")]
+    return np.array([[names.index(name) for name in triple(stem)] for stem in stems], np.int64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -2919,6 +2917,7 @@ def leaf_masks(leaves: I64, children: I64) -> tuple[npt.NDArray[np.uint64], I64]
 
 
 def softmax(raw: F64) -> F64:
+    """Over the last axis. (…, K) → (…, K)"""
     power = np.exp(raw - raw.max(axis=-1, keepdims=True))
     return np.asarray(power / power.sum(axis=-1, keepdims=True))
 
@@ -3466,8 +3465,6 @@ class Store:
         import torch
 
         names = spec.channels
-        triples = [[names.index(f"{n[:-2]}_{a}") for a in "xyz"] for n in names if n.endswith("_x")]
-        assert not any(f"{n[:-2]}_w" in names for n in names), "a quaternion is no vector"
         length = last_rows(frames.start, spec.pad_len)[1]
         images = frames.tof if spec.tof_images else None
         return cls(
@@ -3475,7 +3472,7 @@ class Store:
             None if images is None else torch.tensor(images, device=device),
             None if phase is None else torch.tensor(phase, device=device).float(),
             frames.start[:-1], frames.start[1:] - 1, length,
-            torch.tensor(triples, device=device),
+            torch.tensor(vector_triples(names), device=device),
             np.char.startswith(names, "thm_"), np.char.startswith(names, "tof_"),
         )  # fmt: skip
 
@@ -3741,6 +3738,7 @@ def torch_batch(n_train: int, cfg: Config) -> int:
 
 
 def steps_an_epoch(n_train: int, cfg: Config) -> int:
+    """Every recording once; the last step may be smaller."""
     return -(-n_train // torch_batch(n_train, cfg))
 
 
@@ -3994,6 +3992,7 @@ def net_spec(frames: Frames, table: I64, cfg: Config) -> NetSpec:
 
 
 def out_of_patience(run: Training, cfg: Config) -> bool:
+    """With TORCH_ES_PATIENCE: have so many epochs gone by without a better score?"""
     patience = cfg.torch_es_patience
     return patience > 0 and run.epoch > 0 and run.epoch - run.best["epoch"] >= patience
 
@@ -4023,6 +4022,7 @@ def note_epoch(
 
 
 def torch_bytes(content: Mapping[str, Any]) -> bytes:
+    """What `torch.save` would write to a file."""
     import torch
 
     buffer = io.BytesIO()
@@ -4053,6 +4053,7 @@ def torch_read(path: Path) -> dict[str, Any]:
 
 
 def torch_checkpoint(job: Job) -> Path:
+    """Where a training in progress is kept."""
     return job.scratch / f"{job.stem}.ckpt.pt"
 
 
@@ -4066,16 +4067,6 @@ def torch_settings(job: Job, frames: Frames | None, cfg: Config) -> dict[str, An
     return known
 
 
-def torch_difference(stored: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """In what a checkpoint and the settings of today differ; empty if it can be resumed."""
-    then = stored.get("settings", {})
-    other = [k for k in now if k not in then or then[k] != now[k]]
-    return ", ".join(
-        f"{k} {then.get(k, 'absent')} → {now[k]}" if k.isupper() else f"other {k}"
-        for k in other[:3]
-    )
-
-
 def torch_resumable(job: Job, cfg: Config) -> str | None:
     """For the plan: where a training stands that can be resumed, or why it cannot; None: there is none."""
     path = torch_checkpoint(job)
@@ -4085,7 +4076,7 @@ def torch_resumable(job: Job, cfg: Config) -> str | None:
         stored = torch_read(path)
     except ValueError:
         return f"{path.name} is damaged"
-    other = torch_difference(stored, torch_settings(job, None, cfg))
+    other = difference(torch_settings(job, None, cfg), stored.get("settings", {}))
     if other:
         return f"not resumable, {other}"
     return f"resumable at epoch {stored['epoch']} of {cfg.torch_max_epochs}"
@@ -4101,7 +4092,7 @@ def resume(run: Training, job: Job, settings: Mapping[str, Any], cfg: Config) ->
     except ValueError as error:
         log("warning", job=job.name, checkpoint=str(error), instead="from the start")
         return
-    other = torch_difference(stored, settings)
+    other = difference(settings, stored.get("settings", {}))
     if other:
         log("warning", job=job.name, checkpoint="not used", differs=other, instead="from the start")
         return
@@ -4534,13 +4525,6 @@ def keras_batch(n_train: int, cfg: Config) -> int:
     return min(cfg.keras_batch_size, max(n_train // 16, min(4, n_train)))
 
 
-def vector_triples(names: Sequence[str]) -> I64:
-    """Columns of the vectors of the device frame, *_x, *_y, *_z. → (V, 3)"""
-    at = {name: i for i, name in enumerate(names)}
-    stems = [n[:-2] for n in at if n.endswith("_x") and not n.startswith(("thm", "tof"))]
-    return np.array([[at[f"{stem}_{axis}"] for axis in "xyz"] for stem in stems], np.int64)
-
-
 def keras_class_weights(gesture: I64, cfg: Config) -> F32:
     """Weight of a recording of each gesture, (K), 1 on average: the rarer, the heavier."""
     count = np.bincount(gesture, minlength=len(GESTURES))
@@ -4811,6 +4795,7 @@ def checkpoint_settings(job: Job, cfg: Config) -> dict[str, Any]:
 
 
 def keras_checkpoint(job: Job) -> Path:
+    """Where a training in progress is kept."""
     return job.scratch / f"{job.stem}.npz"
 
 
@@ -5190,18 +5175,22 @@ class Inputs:
 
 
 def table_of(inputs: Inputs, mode: str) -> Table:
+    """The features that a mode may see."""
     return inputs.blind.table if mode == BLIND else inputs.table.of_mode(mode)
 
 
 def frames_of(inputs: Inputs, mode: str) -> Frames:
+    """The channels that a mode may see."""
     return inputs.frames.of_mode(mode)
 
 
 def nothing_to_resume(job: Job, cfg: Config) -> str | None:
+    """Members that keep no checkpoint begin again."""
     return None
 
 
 def one_by_one(job: Job, cfg: Config) -> int:
+    """Members that use all cores themselves run one job at a time."""
     return 1
 
 
@@ -5294,6 +5283,7 @@ def fingerprint(job: Job, study: Study, cfg: Config) -> dict[str, Any]:
 
 
 def jsonable(value: object) -> Any:
+    """Paths as text, all else as it is."""
     return str(value) if isinstance(value, Path) else value
 
 
@@ -5310,7 +5300,7 @@ def package_version(name: str) -> str:
 
 def difference(now: Mapping[str, Any], then: Mapping[str, Any]) -> str:
     """The first entries in which two fingerprints differ, in words; empty if they agree."""
-    keys = [k for k in now if now[k] != then.get(k)]
+    keys = [k for k in now if k not in then or now[k] != then[k]]
     texts = [
         f"{k} {then.get(k, 'absent')} → {now[k]}"
         if k.isupper() or "version" in k
@@ -5739,6 +5729,7 @@ def label_table(labels: Any) -> I64:
 
 
 def as_it_is(proba: F32, knob: Any) -> F32:
+    """Probabilities are blended unchanged."""
     return proba
 
 
@@ -5760,6 +5751,7 @@ def as_ranks(proba: F32, grid: Sequence[Sequence[float]]) -> F32:
 
 
 def no_knob(proba: F32, truth: I64, cfg: Config) -> None:
+    """Nothing to be fitted."""
     return None
 
 
@@ -5780,6 +5772,7 @@ def fit_temperature(proba: F32, truth: I64, cfg: Config) -> float:
 
 
 def fit_ranks(proba: F32, truth: I64, cfg: Config) -> list[list[float]]:
+    """The grid of `as_ranks`: 65 quantiles of each class. (N, K) → K × 65"""
     quantiles = np.quantile(proba, np.linspace(0, 1, 65), axis=0)  # (65, K)
     return [[float(f"{v:.6g}") for v in q] for q in quantiles.T]
 
@@ -6593,6 +6586,8 @@ def simulates(cfg: Config) -> bool:
 
 
 def result_part(run: Outcome) -> str:
+    """A row per member and blend, and what others reached on the real data."""
+
     def figure(value: float, sd: float = np.nan) -> Html:
         return Html(f"{value:.4f}" + (f"<br><small>± {sd:.4f}</small>" if sd >= 0 else ""))
 
@@ -6617,6 +6612,7 @@ def class_f1(counts: I64) -> F64:
 
 
 def f1_part(run: Outcome) -> str:
+    """A row per target and one for all the rest, beside the anchors."""
     own = "simulated" if simulates(run.cfg) else "real"
     head = ["", *(h for m in MODES for h in (f"{m}, {own}", "", "anchor, real")), "recordings"]
     rows: list[list[object]] = [[name] for name in (*TARGETS, "non-target")]
@@ -6628,6 +6624,7 @@ def f1_part(run: Outcome) -> str:
 
 
 def confusion_part(run: Outcome) -> str:
+    """Both modes, imu folded away."""
     imu = f"<details><summary>imu mode</summary>{confusion_html(run.counts('imu'))}</details>"
     return confusion_html(run.counts("all")) + imu
 
@@ -6667,6 +6664,8 @@ def calibration_error(proba: F32, truth: I64) -> float:
 
 
 def calibration_part(run: Outcome) -> str:
+    """Confidence against accuracy of the blend, and the error of every part."""
+
     def draw(figure: Any) -> None:
         axes = figure.subplots()
         axes.plot([0, 1], [0, 1], color=INK, lw=0.8, ls=":")
@@ -6683,6 +6682,7 @@ def calibration_part(run: Outcome) -> str:
 
 
 def weights_part(run: Outcome) -> str:
+    """What each part weighs in the blend of each mode."""
     weights = [dict(zip(b["parts"], b["weights"], strict=True)) for b in run.modes.values()]
     rows = [
         [part, *(v for w in weights for v in (w.get(part, 0.0), bar_html(w.get(part, 0.0))))]
@@ -6709,6 +6709,7 @@ def learning_curves(path: Path, n_folds: int) -> dict[tuple[str, int, int], list
 
 
 def curves_part(run: Outcome) -> str:
+    """A plot per member that wrote a log."""
     logs = {m: run.cfg.out / "logs" / f"{m}_progress.jsonl" for m in run.members}
     curves = {m: learning_curves(path, run.cfg.n_folds) for m, path in logs.items()}
     plots = [plot(functools.partial(draw_curves, m, c), 4.2) for m, c in curves.items() if c]
@@ -6810,6 +6811,7 @@ def opinion(proba: F32, truth: int) -> Html:
 
 
 def gallery_part(run: Outcome) -> str:
+    """A card per recording of `gallery_choice`."""
     blend, parts = run.proba["blend/all"], [p for p in run.proba if p.endswith("/all")]
     chosen = gallery_choice(blend, run.labels.gesture, run.cfg)
     cards = [recording_html(int(i), {p: run.proba[p][i] for p in parts}, run) for i in chosen]
@@ -6839,6 +6841,7 @@ def recording_html(i: int, opinions: Mapping[str, F32], run: Outcome) -> str:
 
 # %%
 def cost_part(cfg: Config) -> str:
+    """Time and peak memory of every stage of this run."""
     longest = max((s.secs for s in STAGES), default=1.0)
     rows = [
         (
@@ -6874,6 +6877,7 @@ def machine() -> list[tuple[str, str]]:
 
 
 def setup_part(cfg: Config) -> str:
+    """Settings that differ from their defaults, all settings, versions and machine."""
     fields = [(f.name.upper(), shown(getattr(cfg, f.name)), shown(f.default), f.metadata["help"])
               for f in dataclasses.fields(cfg)]  # fmt: skip
     changed = [f[:3] for f in fields if f[1] != f[2]]

@@ -258,7 +258,7 @@ FAULTS = tuple(Fault(*row) for row in (
     ("only one head speaks", "mixed = (own + summed) / 2", "mixed = own", "torch::test_the_composite_is_shared_out_by_hand"),
     ("vectors turned back", "@ turn.mT[:, None]", "@ turn[:, None]",
      "torch::test_turning_the_wristband_turns_every_vector_by_one_rotation"),
-    ("only acceleration turned", 'for n in names if n.endswith("_x")] assert', 'for n in names if n == "acc_x"]\n        assert',
+    ("only acceleration turned", 'for n in names if n.endswith("_x")]', 'for n in names if n == "acc_x"]',
      "torch::test_turning_the_wristband_turns_every_vector_by_one_rotation"),
     ("mixup beyond the partner", "there = (at >= on(store.first[d.partner])[:, None])[:, :, None]",
      "there = (at >= 0)[:, :, None]", "torch::test_mixup_takes_nothing_from_beyond_the_other_recording"),
