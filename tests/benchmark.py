@@ -134,7 +134,11 @@ def serving() -> list[Row]:
     import polars as pl
 
     out = Path(os.environ.get("CMI_BENCHMARK_BUNDLE") or bundle()).absolute()
-    data = next(out.glob("simulated-*"))
+    data = next(out.glob("simulated-*"), None)
+    if data is None:
+        raise FileNotFoundError(
+            f"{out} holds no simulated-*: name the output of a run on simulated data"
+        )
     predictor = cmi.Predictor(cmi.Config(output_path=out, strict=True))
     test = pl.read_csv(data / "test.csv", infer_schema_length=None)
     person = pl.read_csv(data / "test_demographics.csv")
@@ -350,7 +354,7 @@ PARTS: dict[str, Part] = {part.__name__: part for part in (
     start, search, boosting, baseline, stopping, rotation, wearer, serving,
     benchmark_features.features,
     benchmark_torch.torch_speed, benchmark_torch.torch_scores, benchmark_torch.torch_defaults,
-    benchmark_keras.keras_serving, benchmark_keras.keras_training,
+    benchmark_keras.keras_serving, benchmark_keras.keras_training, benchmark_keras.keras_defaults,
     benchmark_machines.machines,
 )}  # fmt: skip
 QUICK = ("start", "search", "boosting", "serving", "features", "torch_speed", "keras_serving")

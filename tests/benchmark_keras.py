@@ -1,23 +1,29 @@
 """How fast the Keras member answers, how its memory behaves, and what it scores.
 
-    python tests/benchmark_keras.py            # about ten minutes on two cores
-    python tests/benchmark_keras.py --serving  # only the serving figures, about a minute
+    python tests/benchmark_keras.py             # all of it, more than an hour on two cores
+    python tests/benchmark_keras.py --serving   # only the serving figures, about a minute
+    python tests/benchmark_keras.py --training  # only the score, ten minutes
+    python tests/benchmark_keras.py --defaults  # what one other setting at a time scores
 
 Latency is of one recording of 90 rows through five networks in one compiled function, against
 the same networks called one after the other, and against Keras's own predict.
 """
 
+import dataclasses
 import gc
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from measured import SCORE, Row, cmi, medians, report, simulated, turns
+from measured import SCORE, Part, Row, cmi, medians, report, simulated, turns
 
-FOLDS, CALLS, EPOCHS = 5, 3000, 12
+FOLDS, CALLS, EPOCHS, LONG = 5, 3000, 12, 25
 SIZE = (24, 51)  # subjects and recordings of each that the scores are of
+SCORED = cmi.Config(n_folds=3, keras_max_epochs=EPOCHS)
+SEEDS = (0, 1)
 
 
 def job_of(folder: Path, mode: str, fold: cmi.I64, k: int) -> cmi.Job:
@@ -83,36 +89,69 @@ def keras_serving() -> list[Row]:
     ]
 
 
+def trained(
+    rec: cmi.Recordings, frames: cmi.Frames, mode: str, cfg: cmi.Config
+) -> tuple[float, float]:
+    """Out-of-fold score of one network a fold, and the seconds of their training."""
+    labels, fold = rec.labels, cmi.make_folds(rec.subject, cfg)
+    assert labels is not None
+    x, answer = frames.of_mode(mode), np.full(len(frames), -1)
+    secs = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        for k in range(cfg.n_folds):
+            job = job_of(Path(folder), mode, fold, k)
+            began = time.perf_counter()
+            cmi.fit_keras(job, x, labels, cfg)
+            secs += time.perf_counter() - began
+            model = cmi.load_keras(job.folder, [job.stem], labels.table, cfg)
+            proba = cmi.predict_keras(model, x.take(job.valid))[0]
+            answer[job.valid] = cmi.gesture_proba(proba, labels.table).argmax(axis=1)
+    return cmi.score(labels.gesture, answer), secs
+
+
 def keras_training() -> list[Row]:
     """Out-of-fold score in both modes: few epochs, otherwise the defaults."""
-    cfg = cmi.Config(n_folds=3, keras_max_epochs=EPOCHS)
-    rec = simulated(*SIZE)
-    frames, labels, fold = cmi.make_frames(rec), rec.labels, cmi.make_folds(rec.subject, cfg)
-    assert labels is not None
-    out: list[Row] = []
+    rec, out = simulated(*SIZE), []
+    frames = cmi.make_frames(rec)
     for mode in cmi.MODES:
-        x, answer = frames.of_mode(mode), np.full(len(frames), -1)
-        began = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            for k in range(cfg.n_folds):
-                job = job_of(Path(folder), mode, fold, k)
-                cmi.fit_keras(job, x, labels, cfg)
-                model = cmi.load_keras(job.folder, [job.stem], labels.table, cfg)
-                proba = cmi.predict_keras(model, x.take(job.valid))[0]
-                answer[job.valid] = cmi.gesture_proba(proba, labels.table).argmax(axis=1)
-        secs = time.perf_counter() - began
-        what = f"{mode}, {cfg.n_folds} folds, {EPOCHS} epochs"
-        out.append(Row(f"score {what}", cmi.score(labels.gesture, answer), None, SCORE))
+        score, secs = trained(rec, frames, mode, SCORED)
+        what = f"{mode}, {SCORED.n_folds} folds, {EPOCHS} epochs"
+        out.append(Row(f"score {what}", score, None, SCORE))
         out.append(Row(f"training {what}", secs, None, "s"))
     return out
 
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "learning rate .001": {"keras_lr": 0.001},
+    "patience 3 and 2": {"keras_es_patience": 3, "keras_rlr_patience": 2},
+    "a fixed number of epochs": {"keras_es_patience": 0},
+    "no augmentation": {"keras_augment": False},
+}
+
+
+def keras_defaults() -> list[Row]:
+    """What one other setting at a time scores, mean of both modes: other subjects each seed."""
+    found: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for seed in SEEDS:
+        rec = simulated(*SIZE, seed)
+        frames = cmi.make_frames(rec)
+        for name, changes in VARIANTS.items():
+            cfg = dataclasses.replace(SCORED, seed=seed, keras_max_epochs=LONG, **changes)
+            scores = [trained(rec, frames, mode, cfg)[0] for mode in cmi.MODES]
+            found[name].append(float(np.mean(scores)))
+            cmi.log("scored", seed=seed, settings=name, mixed=found[name][-1])
+    means = {name: float(np.mean(scores)) for name, scores in found.items()}
+    ours, what = means.pop("as it is"), f"mixed, mean of {len(SEEDS)} seeds"
+    return [
+        Row(f"score {what}, against {name}", ours, plain, SCORE) for name, plain in means.items()
+    ]
+
+
+PARTS: dict[str, Part] = {
+    "keras_serving": keras_serving, "keras_training": keras_training, "keras_defaults": keras_defaults,
+}  # fmt: skip
+
 if __name__ == "__main__":
-    serving_only = {"keras_serving": keras_serving}
-    sys.exit(
-        report(
-            serving_only
-            if "--serving" in sys.argv
-            else serving_only | {"keras_training": keras_training}
-        )
-    )
+    chosen = [name for name in PARTS if f"--{name.removeprefix('keras_')}" in sys.argv] or [*PARTS]
+    sys.exit(report({name: PARTS[name] for name in chosen}))
