@@ -3124,6 +3124,7 @@ class NetSpec:
 def masked_norm_class() -> type[torch.nn.Module]:
     import torch
     from torch import Tensor, nn
+    from torch.nn import functional as F
 
     class MaskedNorm(nn.Module):
         """Batch norm that leaves padding out of its statistics and zero in its output."""
@@ -3131,27 +3132,50 @@ def masked_norm_class() -> type[torch.nn.Module]:
         def __init__(self, width: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
             super().__init__()
             self.momentum, self.eps = momentum, eps
+            self.fused = False  # into the layer before it, see `fused_trunk`
             self.weight = nn.Parameter(torch.ones(width))
             self.bias = nn.Parameter(torch.zeros(width))
             self.register_buffer("running_mean", torch.zeros(width))
             self.register_buffer("running_var", torch.ones(width))
 
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # (B, C, T), (B, 1, T) → (B, C, T)
-            mean, var = self.running_mean, self.running_var
-            if self.training:  # in float32, whatever the precision around it
-                known = x.float() * mask
-                n = mask.sum()
-                mean = known.sum((0, 2)) / n
-                var = ((known - mean[:, None]) * mask).square().sum((0, 2)) / n
-                with torch.no_grad():
-                    self.running_mean.lerp_(mean, self.momentum)
-                    self.running_var.lerp_(var * n / (n - 1).clamp(min=1), self.momentum)
+            if self.fused:
+                return x * mask
+            if not self.training:
+                learnt = (self.running_mean, self.running_var, self.weight, self.bias)
+                return F.batch_norm(x, *learnt, eps=self.eps) * mask
+            known = x.float() * mask  # in float32, whatever the precision around it
+            n = mask.sum()
+            mean = known.sum((0, 2)) / n
+            var = ((known - mean[:, None]) * mask).square().sum((0, 2)) / n
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * n / (n - 1).clamp(min=1), self.momentum)
             scale = self.weight * (var + self.eps).rsqrt()
             shift = self.bias - mean * scale
-            y = torch.addcmul(shift[:, None], x.float(), scale[:, None]) * mask
-            return y.to(x.dtype)
+            return (torch.addcmul(shift[:, None], known, scale[:, None]) * mask).to(x.dtype)
 
     return MaskedNorm
+
+
+@functools.cache
+def linear_class() -> type[torch.nn.Module]:
+    from torch import Tensor, nn
+
+    class Linear(nn.Linear):
+        """Layers of n networks, their weights end to end."""
+
+        def __init__(self, n_in: int, n_out: int, n: int) -> None:
+            super().__init__(n_in, n * n_out)
+            self.n = n
+
+        def forward(self, x: Tensor) -> Tensor:  # (B, n, T, in) → (B, n, T, out)
+            if self.n == 1:
+                return super().forward(x)
+            weight = self.weight.view(self.n, -1, self.in_features)
+            return x @ weight.mT + self.bias.view(self.n, 1, -1)
+
+    return Linear
 
 
 @functools.cache
@@ -3160,26 +3184,29 @@ def block_class() -> type[torch.nn.Module]:
     from torch import Tensor, nn
     from torch.nn import functional as F
 
-    norm = masked_norm_class()
+    norm, linear = masked_norm_class(), linear_class()
 
     class Block(nn.Module):
         """Two convolutions, squeeze and excitation, a shortcut; then time is halved."""
 
-        def __init__(self, n_in: int, width: int, kernel: int = 3) -> None:
+        def __init__(self, n_in: int, width: int, n: int = 1, kernel: int = 3) -> None:
             super().__init__()
-            self.first = nn.Conv1d(n_in, width, kernel, padding=kernel // 2, bias=False)
-            self.second = nn.Conv1d(width, width, kernel, padding=kernel // 2, bias=False)
-            self.short = nn.Conv1d(n_in, width, 1, bias=False)
-            self.norms = nn.ModuleList([norm(width), norm(width), norm(width)])
-            self.squeeze = nn.Linear(width, width // 8)
-            self.excite = nn.Linear(width // 8, width)
+            self.n = n
+            sizes, shape = (n * n_in, n * width), {"groups": n, "bias": False}
+            self.first = nn.Conv1d(*sizes, kernel, padding=kernel // 2, **shape)
+            self.second = nn.Conv1d(n * width, n * width, kernel, padding=kernel // 2, **shape)
+            self.short = nn.Conv1d(*sizes, 1, **shape)
+            self.norms = nn.ModuleList([norm(n * width) for _ in range(3)])
+            self.squeeze = linear(width, width // 8, n)
+            self.excite = linear(width // 8, width, n)
 
         def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-            # (B, C, T), (B, 1, T) → (B, W, T/2), (B, 1, T/2)
+            # (B, n·C, T), (B, 1, T) → (B, n·W, T/2), (B, 1, T/2)
             h = F.silu(self.norms[0](self.first(x), mask))
             h = self.norms[1](self.second(h), mask)
-            mean = h.sum(2) / mask.sum(2).clamp(min=1)  # (B, W) over rows that exist
-            h = h * torch.sigmoid(self.excite(F.silu(self.squeeze(mean))))[:, :, None]
+            mean = h.sum(2) / mask.sum(2).clamp(min=1)  # (B, n·W) over rows that exist
+            mean = mean.unflatten(1, (self.n, 1, -1))
+            h = h * torch.sigmoid(self.excite(F.silu(self.squeeze(mean)))).flatten(1)[:, :, None]
             h = F.silu(h + self.norms[2](self.short(x), mask))
             h = h.masked_fill(mask == 0, torch.finfo(h.dtype).min)
             mask = torch.maximum(mask[:, :, 0::2], mask[:, :, 1::2])
@@ -3198,17 +3225,18 @@ def image_class() -> type[torch.nn.Module]:
     class ImageStem(nn.Module):
         """A small 2-D network over each 8 × 8 frame, shared by the five sensors."""
 
-        def __init__(self, width: int) -> None:
+        def __init__(self, width: int, n: int) -> None:
             super().__init__()
-            self.first = nn.Conv2d(2, 8, 3, padding=1, stride=2)
-            self.second = nn.Conv2d(8, width, 4)
+            self.n = n
+            self.first = nn.Conv2d(2, n * 8, 3, padding=1, stride=2)
+            self.second = nn.Conv2d(n * 8, n * width, 4, groups=n)
 
-        def forward(self, codes: Tensor) -> Tensor:  # (B, T, 5, 8, 8) bytes → (B, 5, W, T)
+        def forward(self, codes: Tensor) -> Tensor:  # (B, T, 5, 8, 8) bytes → (B, 5, n, W, T)
             seen = (codes <= FARTHEST).float()
             near = (1 - codes.float() / FARTHEST) * seen  # 1 touching … 0 far away or unseen
             planes = torch.stack([near, seen], dim=3).flatten(0, 2)  # (B·T·5, 2, 8, 8)
-            h = self.second(F.silu(self.first(planes)))  # (B·T·5, W, 1, 1)
-            return F.silu(h).reshape(*codes.shape[:3], -1).permute(0, 2, 3, 1)
+            h = self.second(F.silu(self.first(planes)))  # (B·T·5, n·W, 1, 1)
+            return F.silu(h).reshape(*codes.shape[:3], self.n, -1).permute(0, 2, 3, 4, 1)
 
     return ImageStem
 
@@ -3217,12 +3245,26 @@ STEM_WIDTH = {"acc": 32, "rot": 32, "motion": 32, "thm": 16}  # ToF sensors: TOF
 TOF_WIDTH = IMAGE_WIDTH = 16
 
 
-def with_presence(values: torch.Tensor, holes: torch.Tensor) -> torch.Tensor:
-    """Channels of a group and how much of it is there. (B, T, C) twice → (B, C + 1, T)"""
+@functools.cache
+def split_conv_class() -> type[torch.nn.Module]:
     import torch
+    from torch import Tensor, nn
 
-    there = 1 - holes.float().mean(2, keepdim=True)
-    return torch.cat([values, there], 2).transpose(1, 2)
+    class SplitConv(nn.ModuleList):
+        """A convolution of its own for each group of channels."""
+
+        def __init__(self, ins: Sequence[int], outs: Sequence[int], n: int) -> None:
+            shape = {"padding": 2, "groups": n, "bias": False}
+            layers = (nn.Conv1d(n * a, n * b, 5, **shape) for a, b in zip(ins, outs, strict=True))
+            super().__init__(layers)
+            self.n, self.ins = n, list(ins)
+
+        def forward(self, x: Tensor) -> Tensor:  # (B, n·C, T) → (B, n·W, T)
+            groups = zip(self, x.unflatten(1, (self.n, -1)).split(self.ins, 2), strict=True)
+            parts = [conv(own.flatten(1, 2)).unflatten(1, (self.n, -1)) for conv, own in groups]
+            return torch.cat(parts, 2).flatten(1, 2)
+
+    return SplitConv
 
 
 @functools.cache
@@ -3234,32 +3276,37 @@ def stems_class() -> type[torch.nn.Module]:
     class Stems(nn.Module):
         """Each group of channels, with its presence and its images, through a convolution of its own."""
 
-        def __init__(self, spec: NetSpec) -> None:
+        def __init__(self, spec: NetSpec, n: int) -> None:
             super().__init__()
+            self.n = n
             names = [name for name, _ in spec.groups]
             self.sizes = [len(channels) for _, channels in spec.groups]
             self.seeing = [spec.tof_images and name.startswith("tof_") for name in names]
-            self.image = image_class()(IMAGE_WIDTH) if any(self.seeing) else None
+            self.image = image_class()(IMAGE_WIDTH, n) if any(self.seeing) else None
             widths = [STEM_WIDTH.get(name, TOF_WIDTH) for name in names]
-            self.convolutions = nn.ModuleList(
-                nn.Conv1d(1 + size + IMAGE_WIDTH * sees, width, 5, padding=2, bias=False)
-                for size, sees, width in zip(self.sizes, self.seeing, widths, strict=True)
-            )
+            held = [
+                size + 1 + IMAGE_WIDTH * sees
+                for size, sees in zip(self.sizes, self.seeing, strict=True)
+            ]
+            self.convolutions = split_conv_class()(held, widths, n)
             self.width = sum(widths)
-            self.norm = masked_norm_class()(self.width)
+            self.norm = masked_norm_class()(n * self.width)
 
         def forward(self, known: Tensor, gone: Tensor, images: Any, mask: Tensor) -> Tensor:
-            # (B, T, C) twice, (B, T, 5, 8, 8), (B, 1, T) → (B, W, T)
+            # (B, n, T, C), (B, T, C), (B, T, 5, 8, 8), (B, 1, T) → (B, n·W, T)
             pictures = iter(() if self.image is None else self.image(images).unbind(1))
-            groups, out = (
-                zip(known.split(self.sizes, 2), gone.split(self.sizes, 2), strict=True),
-                [],
+            known, there = (
+                (known * mask[..., None]).transpose(2, 3),
+                1 - gone.float().transpose(1, 2),
             )
-            for stem, sees, group in zip(self.convolutions, self.seeing, groups, strict=True):
-                h = with_presence(*group)
-                h = torch.cat([h, next(pictures)], 1) if sees else h
-                out.append(stem(h * mask))
-            return F.silu(self.norm(torch.cat(out, 1), mask))
+            groups = zip(known.split(self.sizes, 2), there.split(self.sizes, 1), strict=True)
+            parts = []
+            for sees, (x, held) in zip(self.seeing, groups, strict=True):
+                share = (held.mean(1, keepdim=True) * mask)[:, None]  # of the group that is there
+                parts += [x, share.expand(-1, self.n, -1, -1)]
+                parts += [next(pictures) * mask[:, None]] if sees else []
+            h = self.convolutions(torch.cat(parts, 2).flatten(1, 2))
+            return F.silu(self.norm(h, mask))
 
     return Stems
 
@@ -3272,27 +3319,35 @@ def trunk_class() -> type[torch.nn.Module]:
     class Trunk(nn.Module):
         """Standardised rows through the stems, then together through the blocks."""
 
-        def __init__(self, spec: NetSpec, widths: Sequence[int]) -> None:
+        def __init__(self, spec: NetSpec, n: int = 1) -> None:
             super().__init__()
+            self.n = n
             self.pad_len = spec.pad_len
-            self.register_buffer("mean", torch.zeros(len(spec.channels)))
-            self.register_buffer("sd", torch.ones(len(spec.channels)))
-            self.stems = stems_class()(spec)
-            ins = (self.stems.width + 1, *widths[:-1])
+            self.register_buffer("mean", torch.zeros(n * len(spec.channels)))
+            self.register_buffer("sd", torch.ones(n * len(spec.channels)))
+            self.stems = stems_class()(spec, n)
+            widths = (
+                self.stems.width + 1,
+                spec.width,
+                spec.width + spec.width // 2,
+                2 * spec.width,
+            )
             self.blocks = nn.ModuleList(
-                block_class()(a, b) for a, b in zip(ins, widths, strict=True)
+                block_class()(a, b, n) for a, b in itertools.pairwise(widths)
             )
 
         def forward(
             self, rows: Tensor, images: Tensor | None, length: Tensor
         ) -> tuple[Tensor, Tensor]:
-            # (B, T, C), (B, T, 5, 8, 8), (B) → (B, W, T/8), (B, 1, T/8); 8 divides T
+            # (B, T, C), (B, T, 5, 8, 8), (B) → (B, n·W, T/8), (B, 1, T/8); 8 divides T
             to_end = length[:, None] - 1 - torch.arange(rows.shape[1], device=rows.device)
             mask = (to_end >= 0).float()[:, None]  # (B, 1, T)
             gone = rows.isnan()
-            known = ((rows - self.mean) / self.sd).masked_fill(gone, 0.0)
-            h = self.stems(known, gone, images, mask)
-            h = torch.cat([h, to_end[:, None] / self.pad_len * mask], 1)  # the gesture comes last
+            mean, sd = (v.view(self.n, 1, -1) for v in (self.mean, self.sd))
+            known = ((rows[:, None] - mean) / sd).masked_fill(gone[:, None], 0.0)
+            h = self.stems(known, gone, images, mask).unflatten(1, (self.n, -1))
+            end = (to_end[:, None] / self.pad_len * mask)[:, None]  # the gesture comes last
+            h = torch.cat([h, end.expand(-1, self.n, -1, -1)], 2).flatten(1, 2)
             for block in self.blocks:
                 h, mask = block(h, mask)
             return h, mask
@@ -3313,12 +3368,10 @@ def memory_class() -> type[torch.nn.Module]:
             self.lstm = nn.LSTM(width, hidden, batch_first=True, bidirectional=True)
             self.gru = nn.GRU(2 * hidden, 2 * hidden, batch_first=True)
 
-        def forward(self, h: Tensor, steps: Tensor | None) -> Tensor:  # (B, W, T), (B) → (B, T, D)
+        def forward(self, h: Tensor, steps: Tensor) -> Tensor:  # (B, W, T), (B) → (B, T, D)
             x = h.transpose(1, 2)
             self.lstm.flatten_parameters()  # for the copies that DataParallel makes
             self.gru.flatten_parameters()
-            if steps is None:  # one recording, without padding
-                return self.gru(self.lstm(x)[0])[0]
             packed = pack_padded_sequence(x, steps.cpu(), batch_first=True, enforce_sorted=False)
             packed = self.gru(self.lstm(packed)[0])[0]
             return pad_packed_sequence(packed, batch_first=True, total_length=x.shape[1])[0]
@@ -3340,35 +3393,39 @@ def head_class() -> type[torch.nn.Module]:
     import torch
     from torch import Tensor, nn
 
+    linear = linear_class()
+
     class Head(nn.Module):
         """Pools the steps and says what was done, in which position, starting how, and when."""
 
-        def __init__(self, spec: NetSpec, n_in: int, dropout: float) -> None:
+        def __init__(self, spec: NetSpec, dropout: float, n: int = 1) -> None:
             super().__init__()
+            n_in = 2 * spec.width
             self.dropout = dropout
-            self.phase = nn.Linear(n_in, 1)
+            self.phase = linear(n_in, 1, n)
             self.rank = nn.Sequential(
-                nn.Linear(n_in, n_in // 2), nn.Tanh(), nn.Linear(n_in // 2, 1)
+                linear(n_in, n_in // 2, n), nn.Tanh(), linear(n_in // 2, 1, n)
             )
-            self.guidance = nn.Parameter(torch.ones(()))  # how much the phase says about the rank
+            self.guidance = nn.Parameter(torch.ones(n).squeeze())  # phase's say in the rank
             self.parts = (len(GESTURES), len(spec.table), len(ORIENTATIONS), 2)
-            self.out = nn.Linear(2 * n_in, sum(self.parts))
+            self.out = linear(2 * n_in, sum(self.parts), n)
             parts_of = label_parts(spec)  # (L, K + 4 + 2)
             self.register_buffer("belongs", parts_of[:, : len(GESTURES)], persistent=False)
             self.register_buffer("parts_of", parts_of, persistent=False)
 
         def forward(self, h: Tensor, mask: Tensor, noise: torch.Generator | None) -> Outputs:
-            # (B, T, D), (B, 1, T) → logits of gesture, label, orientation, behavior, phase (B, T)
-            there = mask[:, 0] > 0
-            phase = self.phase(h)[:, :, 0]
-            rank = self.rank(h)[:, :, 0] + self.guidance * phase
+            # (B, n, T, D), (B, 1, T) → logits (B, n, …) of gesture, label, orientation, behavior
+            # and, for each step, phase
+            there = mask > 0
+            phase = self.phase(h)[..., 0]
+            rank = self.rank(h)[..., 0] + self.guidance.view(-1, 1) * phase
             lowest = torch.finfo(h.dtype).min
-            share = rank.masked_fill(~there, lowest).softmax(1)  # (B, T)
-            mean = (share[:, None] @ h)[:, 0]  # (B, D)
-            peak = h.masked_fill(~there[:, :, None], lowest).amax(1)
-            pooled = drop(torch.cat([mean, peak], 1), self.dropout, noise, self.training)
-            gesture, label, orientation, behavior = self.out(pooled).split(self.parts, 1)
-            sides = torch.cat([gesture, orientation, behavior], 1)
+            share = rank.masked_fill(~there, lowest).softmax(2)  # (B, n, T)
+            mean = share[:, :, None] @ h  # (B, n, 1, D)
+            peak = h.masked_fill(~there[..., None], lowest).amax(2, keepdim=True)
+            pooled = drop(torch.cat([mean, peak], 3), self.dropout, noise, self.training)
+            gesture, label, orientation, behavior = self.out(pooled)[:, :, 0].split(self.parts, 2)
+            sides = torch.cat([gesture, orientation, behavior], 2)
             label = label + sides @ self.parts_of.T  # a label's logit: its parts' and its own
             return gesture, label, orientation, behavior, phase
 
@@ -3385,11 +3442,10 @@ def net_class() -> type[torch.nn.Module]:
 
         def __init__(self, spec: NetSpec, dropout: float) -> None:
             super().__init__()
-            w = spec.width
             self.dropout = dropout
-            self.trunk = trunk_class()(spec, (w, w + w // 2, 2 * w))
-            self.memory = memory_class()(2 * w, w)
-            self.head = head_class()(spec, 2 * w, dropout)
+            self.trunk = trunk_class()(spec)
+            self.memory = memory_class()(2 * spec.width, spec.width)
+            self.head = head_class()(spec, dropout)
 
         def forward(
             self,
@@ -3401,7 +3457,8 @@ def net_class() -> type[torch.nn.Module]:
             h, mask = self.trunk(rows, images, length.to(rows.device))
             with torch.autocast(rows.device.type, enabled=False):  # the rest is small: float32
                 h = drop(h.float(), self.dropout, noise, self.training)
-                return self.head(self.memory(h, halved(length)), mask, noise)
+                outputs = self.head(self.memory(h, halved(length))[:, None], mask, noise)
+                return tuple(logits[:, 0] for logits in outputs)
 
     return Net
 
@@ -4101,8 +4158,8 @@ def resume(run: Training, job: Job, settings: Mapping[str, Any], cfg: Config) ->
 
 
 # %% [markdown]
-# Serving: all networks of a mode answer one recording in one pass. Their weights are stacked and
-# the convolutional trunk and the heads run under vmap; recurrent layers know no vmap and loop.
+# Serving: all networks of a mode answer one recording in one pass. Trunk and head are built for n
+# networks side by side, with the weights of all end to end; the recurrent layers take each step together.
 
 
 # %%
@@ -4112,14 +4169,134 @@ class TorchModel:
 
     nets: list[Any]
     spec: NetSpec
-    trunk: dict[str, torch.Tensor]  # parameters and buffers of all trunks, stacked
-    head: dict[str, torch.Tensor]
+    trunk: Any  # of all networks side by side
+    lstm: Gates
+    gru: Gates
+    head: Any
+
+    @classmethod
+    def of(cls, nets: Sequence[Any], spec: NetSpec) -> TorchModel:
+        """Join networks of one make."""
+        import torch
+
+        def side_by_side(whole: Any, parts: Sequence[Any]) -> Any:
+            states = [{k: torch.atleast_1d(v) for k, v in p.state_dict().items()} for p in parts]
+            state = {name: torch.cat([own[name] for own in states]) for name in states[0]}
+            whole.load_state_dict({k: v.view_as(whole.state_dict()[k]) for k, v in state.items()})
+            return whole.eval().requires_grad_(False).to(nets[0].trunk.mean.device)
+
+        n = len(nets)
+        trunk = fused_trunk(side_by_side(trunk_class()(spec, n), [net.trunk for net in nets]))
+        head = side_by_side(head_class()(spec, 0.0, n), [net.head for net in nets])
+        lstm = Gates.of([net.memory.lstm for net in nets], ("", "_reverse"))
+        return cls(list(nets), spec, trunk, lstm, Gates.of([net.memory.gru for net in nets]), head)
+
+
+@functools.cache
+def matrix_conv_class() -> type[torch.nn.Module]:
+    import torch
+    from torch import Tensor, nn
+    from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+    class MatrixConv(nn.Module):
+        """A convolution and the norm that follows it as one matrix product, for one recording."""
+
+        def __init__(self, weight: Tensor, norm: Any, n: int) -> None:
+            super().__init__()
+            learnt = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+            weight, bias = fuse_conv_bn_weights(weight, None, *learnt)  # (n·W, C, k)
+            self.n, self.kernel = n, weight.shape[2]
+            by_row = weight.detach().unflatten(0, (n, -1)).transpose(2, 3)  # (n, W, k, C)
+            self.register_buffer("weight", by_row.flatten(2).contiguous())
+            self.register_buffer("bias", bias.detach().view(n, -1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:  # (1, n·C, T) → (1, n·W, T)
+            rows, reach = x.view(self.n, -1, x.shape[2]), self.kernel // 2
+            if reach:
+                padded = nn.functional.pad(rows, (reach, reach))
+                rows = torch.cat([padded[..., i : i + x.shape[2]] for i in range(self.kernel)], 1)
+            return torch.baddbmm(self.bias, self.weight, rows).view(1, -1, x.shape[2])
+
+    return MatrixConv
+
+
+def fused_trunk(trunk: Any) -> Any:
+    """A trunk that only answers: each convolution with its norm in one product, all stems in one."""
+    import torch
+
+    n, stems = trunk.n, trunk.stems
+
+    def fused(weight: torch.Tensor, norm: Any) -> Any:
+        norm.fused = True
+        return matrix_conv_class()(weight, norm, n)
+
+    groups = [conv.weight.unflatten(0, (n, -1)) for conv in stems.convolutions]  # (n, W, C, 5)
+    taps = [[torch.block_diag(*(w[i, ..., k] for w in groups)) for k in range(5)] for i in range(n)]
+    whole = torch.stack([torch.stack(own, 2) for own in taps])  # (n, ΣW, ΣC, 5)
+    stems.convolutions = fused(whole.flatten(0, 1), stems.norm)
+    for block in trunk.blocks:
+        for name, norm in zip(("first", "second", "short"), block.norms, strict=True):
+            setattr(block, name, fused(getattr(block, name).weight, norm))
+    return trunk
+
+
+@dataclass(frozen=True, slots=True)
+class Gates:
+    """Recurrent layers that step together: those of n networks, or both ways of each."""
+
+    enter: torch.Tensor  # (S, D, G·H)
+    again: torch.Tensor  # (S, H, G·H)
+    enter_bias: torch.Tensor  # (S, 1, G·H)
+    again_bias: torch.Tensor  # (S, 1, G·H)
+
+    @classmethod
+    def of(cls, layers: Sequence[Any], ways: Sequence[str] = ("",)) -> Gates:
+        """From layers of torch; of two ways first all forward."""
+        import torch
+
+        def stacked(name: str) -> torch.Tensor:
+            return torch.stack(
+                [getattr(x, f"{name}_l0{way}").detach() for way in ways for x in layers]
+            )
+
+        weights = (stacked(f"weight_{kind}").mT.contiguous() for kind in ("ih", "hh"))
+        return cls(*weights, *(stacked(f"bias_{kind}")[:, None] for kind in ("ih", "hh")))
+
+
+def lstm_steps(gates: Gates, x: torch.Tensor) -> torch.Tensor:
+    """Hidden states of S LSTMs. (S, T, D) → (S, T, H)"""
+    import torch
+
+    enter = torch.baddbmm(gates.enter_bias + gates.again_bias, x, gates.enter)
+    h = c = x.new_zeros(len(x), 1, gates.again.shape[1])
+    states = []
+    for step in enter.split(1, 1):
+        raw = torch.baddbmm(step, h, gates.again)
+        taken, kept, _, told = raw.sigmoid().chunk(4, 2)
+        c = torch.addcmul(kept * c, taken, raw.chunk(4, 2)[2].tanh())
+        h = told * c.tanh()
+        states.append(h)
+    return torch.cat(states, 1)
+
+
+def gru_steps(gates: Gates, x: torch.Tensor) -> torch.Tensor:
+    """Hidden states of S GRUs. (S, T, D) → (S, T, H)"""
+    import torch
+
+    enter = torch.baddbmm(gates.enter_bias, x, gates.enter)
+    h = x.new_zeros(len(x), 1, gates.again.shape[1])
+    states = []
+    for step in enter.split(1, 1):
+        raw = torch.baddbmm(gates.again_bias, h, gates.again)
+        reset, kept, _ = (step + raw).sigmoid().chunk(3, 2)
+        new = torch.addcmul(step.chunk(3, 2)[2], reset, raw.chunk(3, 2)[2]).tanh()
+        h = torch.lerp(new, h, kept)
+        states.append(h)
+    return torch.cat(states, 1)
 
 
 def load_torch(folder: Path, stems: Sequence[str], table: I64, cfg: Config) -> TorchModel:
     """Read and check the networks of a mode; nothing in the files is executed."""
-    import torch
-
     nets, specs = [], set()
     device = device_for(0, cfg)
     for stem in stems:
@@ -4143,12 +4320,7 @@ def load_torch(folder: Path, stems: Sequence[str], table: I64, cfg: Config) -> T
         raise DataError(
             f"The networks in {folder} differ in their input or size; train them again together."
         )
-    stack = torch.func.stack_module_state
-    parts = [
-        dict(collections.ChainMap(*stack([getattr(n, part) for n in nets])))
-        for part in ("trunk", "head")
-    ]
-    return TorchModel(nets, spec, *parts)
+    return TorchModel.of(nets, specs.pop())
 
 
 def predict_torch(model: TorchModel, frames: Frames) -> F32:
@@ -4166,21 +4338,16 @@ def predict_torch(model: TorchModel, frames: Frames) -> F32:
 def ask_at_once(model: TorchModel, store: Store) -> F32:
     """One recording through all networks. → (stems, 1, L)"""
     import torch
-    from torch.func import functional_call, vmap
 
-    first = model.nets[0]
     batch = make_batch(store, plain_draw(store, np.zeros(1, np.int64)))
-    rows, images = batch.rows, batch.images
-    length = batch.length.to(rows.device)
     with torch.inference_mode():
-        h, mask = vmap(lambda w: functional_call(first.trunk, w, (rows, images, length)))(
-            model.trunk
-        )
-        h = torch.stack([net.memory(x, None) for net, x in zip(model.nets, h, strict=True)])
-        outputs = vmap(lambda w, x, m: functional_call(first.head, w, (x, m, None)))(
-            model.head, h, mask
-        )
-        proba = composite_proba(tuple(o[:, 0] for o in outputs[:2]), first.head.belongs)
+        length = batch.length.to(batch.rows.device)
+        h, mask = model.trunk(batch.rows, batch.images, length)
+        x = h.view(len(model.nets), -1, h.shape[2]).mT  # (n, T, W)
+        ahead, back = lstm_steps(model.lstm, torch.cat([x, x.flip(1)])).chunk(2)
+        h = gru_steps(model.gru, torch.cat([ahead, back.flip(1)], 2))
+        outputs = model.head(h[None], mask, None)
+        proba = composite_proba(tuple(o[0] for o in outputs[:2]), model.head.belongs)
     return proba[:, None].cpu().numpy()
 
 
