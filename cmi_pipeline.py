@@ -1408,7 +1408,7 @@ def find_turned(rec: Recordings, fold: I64, cfg: Config) -> tuple[Bool, dict[str
 # modality afterwards, to the last bit as if the sensor had never been there.
 
 # %%
-CHUNK_ROWS = 6_000
+CHUNK_ROWS = 24_000  # measured: 6,000 take a fifth longer, two threads then wait for one lock
 IMAGE_ROWS = 1_000  # ToF rows at a time
 THM_BIT, TOF_BIT = 1, 2
 
