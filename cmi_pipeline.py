@@ -3295,10 +3295,8 @@ def stems_class() -> type[torch.nn.Module]:
         def forward(self, known: Tensor, gone: Tensor, images: Any, mask: Tensor) -> Tensor:
             # (B, n, T, C), (B, T, C), (B, T, 5, 8, 8), (B, 1, T) → (B, n·W, T)
             pictures = iter(() if self.image is None else self.image(images).unbind(1))
-            known, there = (
-                (known * mask[..., None]).transpose(2, 3),
-                1 - gone.float().transpose(1, 2),
-            )
+            known = (known * mask[..., None]).transpose(2, 3)
+            there = 1 - gone.float().transpose(1, 2)
             groups = zip(known.split(self.sizes, 2), there.split(self.sizes, 1), strict=True)
             parts = []
             for sees, (x, held) in zip(self.seeing, groups, strict=True):
@@ -3326,12 +3324,8 @@ def trunk_class() -> type[torch.nn.Module]:
             self.register_buffer("mean", torch.zeros(n * len(spec.channels)))
             self.register_buffer("sd", torch.ones(n * len(spec.channels)))
             self.stems = stems_class()(spec, n)
-            widths = (
-                self.stems.width + 1,
-                spec.width,
-                spec.width + spec.width // 2,
-                2 * spec.width,
-            )
+            w = spec.width
+            widths = (self.stems.width + 1, w, w + w // 2, 2 * w)
             self.blocks = nn.ModuleList(
                 block_class()(a, b, n) for a, b in itertools.pairwise(widths)
             )
@@ -3403,9 +3397,8 @@ def head_class() -> type[torch.nn.Module]:
             n_in = 2 * spec.width
             self.dropout = dropout
             self.phase = linear(n_in, 1, n)
-            self.rank = nn.Sequential(
-                linear(n_in, n_in // 2, n), nn.Tanh(), linear(n_in // 2, 1, n)
-            )
+            half = n_in // 2
+            self.rank = nn.Sequential(linear(n_in, half, n), nn.Tanh(), linear(half, 1, n))
             self.guidance = nn.Parameter(torch.ones(n).squeeze())  # phase's say in the rank
             self.parts = (len(GESTURES), len(spec.table), len(ORIENTATIONS), 2)
             self.out = linear(2 * n_in, sum(self.parts), n)

@@ -220,7 +220,7 @@ class NotebookClient(relay.Client):
     """Looks for the notebook's server while the notebook lives.
 
     It is on the port that this package was told to take, or, if the notebook brings another
-    package, on one of the usual ports that nobody held before.
+    package, on one of the usual ports that nobody held before, held by the notebook's own session.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], ports: Sequence[int]) -> None:
@@ -234,6 +234,8 @@ class NotebookClient(relay.Client):
             socket.create_connection((self.channel_address, port), timeout=1).close()
         except OSError:
             return None
+        if not listens(port, self._process.pid):
+            return None
         self.reached = True
         return super()._try_port(port, request)
 
@@ -241,6 +243,23 @@ class NotebookClient(relay.Client):
         """A notebook that has ended is a container that has gone."""
         if self._process.poll() is not None:
             raise socket.gaierror(f"The notebook ended with status {self._process.returncode}.")
+
+
+def listens(port: int, session: int) -> bool:
+    """Does a process of this session hold the port? True where the system does not tell."""
+    tables = [path for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if path.exists()]
+    if not tables:
+        return True
+    rows = [line.split() for table in tables for line in table.read_text().splitlines()[1:]]
+    held = {f"socket:[{row[9]}]" for row in rows
+            if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}  # fmt: skip
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if os.getsid(int(process.name)) == session and any(
+                os.readlink(fd) in held for fd in (process / "fd").iterdir()
+            ):
+                return True
+    return False
 
 
 def free_port() -> int:

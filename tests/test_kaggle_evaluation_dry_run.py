@@ -294,6 +294,24 @@ def test_a_server_elsewhere_is_not_asked(test_dir):
     assert (status, result["ErrorType"]) == (1, 1)
 
 
+def test_a_port_is_known_by_the_session_that_holds_it():
+    """Another run's server may come up on a usual port while the notebook is still starting."""
+    hold = "import socket; s = socket.create_server(('', 0)); print(s.getsockname()[1]); input()"
+    with subprocess.Popen(
+        [sys.executable, "-uc", hold], start_new_session=True, text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as process:  # fmt: skip
+        port = int(process.stdout.readline())
+        assert dry_run.listens(port, process.pid)
+        assert not dry_run.listens(port, os.getsid(0))
+        assert not dry_run.listens(dry_run.free_port(), process.pid)
+        client = dry_run.NotebookClient(process, [port])
+        with socket.create_server(("127.0.0.1", 0)) as foreign:
+            assert client._try_port(foreign.getsockname()[1], None) is None
+        assert not client.reached
+        process.communicate("\n")
+
+
 def test_a_server_of_another_package_is_found_on_the_usual_ports(test_dir):
     """Such a server knows nothing of the port this package hands over."""
     status, output, _ = dry_run_of(test_dir, before="del os.environ['KAGGLE_EVALUATION_PORT']")
