@@ -399,7 +399,10 @@ def test_a_rerun_without_a_bundle_trains_lightgbm_in_the_first_call(
 
 @pytest.mark.parametrize(
     "below",
-    ["competitions/cmi-detect-behavior-with-sensor-data", "cmi-detect-behavior-with-sensor-data"],
+    [
+        "competitions/cmi-detect-behavior-with-sensor-data",
+        pytest.param("cmi-detect-behavior-with-sensor-data", marks=pytest.mark.slow),
+    ],
 )
 def test_on_kaggle_the_file_alone_finds_everything(
     road: tuple[Path, str], tmp_path: Path, below: str
@@ -427,6 +430,7 @@ def test_on_kaggle_the_file_alone_finds_everything(
     check_submission(tmp_path / "working", folder / "test.csv")
 
 
+@pytest.mark.slow  # test_machines and test_faults compare one worker with two every time
 @pytest.mark.parametrize("backend", ["loky", "threading"])
 def test_two_workers_train_the_same_models(
     road: tuple[Path, str], tmp_path: Path, backend: str
