@@ -206,6 +206,7 @@ class Config:
     keras_mp: bool = setting(True, "keras", "mixed precision where a GPU has it")
     keras_policy: str = setting("", "keras", "forces float32, mixed_float16 or mixed_bfloat16, on a CPU too", (), ("", "float32", "mixed_float16", "mixed_bfloat16"))
     keras_jit: bool = setting(False, "keras", "XLA")
+    keras_threads: int = setting(2, "keras", "CPU threads of one network; another number changes its last digits", (), (1, 256))
 
     ensemble_weights: str = setting("", "blend", 'fixed weights, "lgbm:0.4,torch:0.6"; searched if empty')
     ensemble_w_lgbm: float | None = setting(None, "blend", "fixed weight; searched, 0.20 without out-of-fold rows", (), (0, 10**6))
@@ -240,7 +241,7 @@ class Config:
 
     @property
     def threads(self) -> int:
-        """Threads for one job, so that CMI_WORKERS of them fill the machine."""
+        """LightGBM's threads for one job, so that CMI_WORKERS of them fill the machine."""
         return max(1, len(os.sched_getaffinity(0)) // max(1, self.cmi_workers))
 
     @property
@@ -4777,7 +4778,7 @@ class BatchMaker:
 
 def keras_batches(run: KerasRun, steps: range) -> Any:
     """A tf.data set of the training batches of these steps."""
-    tf, _ = keras_quietly(run.cfg.threads)
+    tf, _ = keras_quietly(run.cfg.keras_threads)
     job, labels, cfg = run.job, run.labels, run.cfg
     arrays = (
         job.train, run.frames.x, run.frames.start, labels.gesture, labels.composite,
@@ -4792,7 +4793,7 @@ def keras_batches(run: KerasRun, steps: range) -> Any:
     )  # fmt: skip
     numbers_of_steps = tf.data.Dataset.range(steps.start, steps.stop)
     as_it_is = tf.autograph.experimental.do_not_convert(make.__call__)  # reads no source
-    return numbers_of_steps.map(as_it_is, num_parallel_calls=cfg.threads).prefetch(2)
+    return numbers_of_steps.map(as_it_is, num_parallel_calls=cfg.keras_threads).prefetch(2)
 
 
 def padded_rows(frames: Frames, which: I64, rows: int) -> F32:
@@ -4940,7 +4941,7 @@ def dtype_policy(cfg: Config) -> str:
     """KERAS_POLICY, else half precision where a card has units for it, else float32."""
     if cfg.keras_policy:
         return cfg.keras_policy
-    tf, _ = keras_quietly(cfg.threads)
+    tf, _ = keras_quietly(cfg.keras_threads)
     cards = tf.config.list_physical_devices("GPU")
     details = [tf.config.experimental.get_device_details(card) for card in cards]
     able = [d.get("compute_capability", (0, 0)) >= (7, 0) for d in details]
@@ -5187,7 +5188,7 @@ def note_keras_epoch(run: KerasRun, secs: float) -> None:
 def fit_keras(job: Job, frames: Frames, labels: Labels, cfg: Config) -> dict[str, Any]:
     """Train one fold and write {stem}.keras; goes on from a checkpoint that fits."""
     with KERAS_LOCK:
-        tf, _ = keras_quietly(cfg.threads)
+        tf, _ = keras_quietly(cfg.keras_threads)
         for folder in (job.folder, job.scratch):
             folder.mkdir(parents=True, exist_ok=True)
         table = tuple(tuple(row) for row in labels.table.tolist())
@@ -5251,7 +5252,7 @@ def load_keras(folder: Path, stems: Sequence[str], table: I64, cfg: Config) -> K
     if not np.array_equal(np.array(spec.table), table):
         raise DataError(f"{folder}: its networks answer with other labels. {RETRAIN_KERAS}")
     with KERAS_LOCK:
-        keras_quietly(cfg.threads)
+        keras_quietly(cfg.keras_threads)
         network, _ = keras_graph(spec, cfg.keras_jit)
         values = []
         for stem in stems:

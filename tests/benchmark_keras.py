@@ -55,7 +55,7 @@ def growth_mb(model: cmi.KerasEnsemble, ones: list[cmi.Frames]) -> float:
 def keras_serving() -> list[Row]:
     """Five untrained networks of the default width on all sensors, written and read as usual."""
     cfg = cmi.Config()
-    cmi.keras_quietly(cfg.threads)
+    cmi.keras_quietly(cfg.keras_threads)
     rec = simulated(2, 51)
     frames, labels = cmi.make_frames(rec), rec.labels
     assert labels is not None

@@ -273,7 +273,7 @@ def test_two_runs_at_once_and_after_a_kill(tmp_path: Path) -> None:
 
 FREE = {  # another value must not train anything again
     "strict": False, "frame_cache": False, "frame_cache_max_mb": 1, "frame_cache_max_items": 3,
-    "torch_amp": False, "torch_data_parallel": True, "torch_threads": 2, "dl_num_workers": 3,
+    "torch_amp": False, "torch_data_parallel": True, "torch_threads": 2, "keras_threads": 1, "dl_num_workers": 3,
     "keras_mp": False, "keras_policy": "mixed_float16", "keras_jit": True, "ensemble_weights": "lgbm:1",
     "ensemble_w_lgbm": 0.5, "ensemble_w_torch": 0.5, "ensemble_w_keras": 0.5, "ensemble_trials": 3,
     "ensemble_temperature": 2.0, "subject_assignment": False, "log_every_steps": 3,
