@@ -3123,13 +3123,12 @@ class NetSpec:
 
 @functools.cache
 def masked_norm_class() -> type[torch.nn.Module]:
+    """Batch norm that leaves padding out of its statistics and zero in its output."""
     import torch
     from torch import Tensor, nn
     from torch.nn import functional as F
 
     class MaskedNorm(nn.Module):
-        """Batch norm that leaves padding out of its statistics and zero in its output."""
-
         def __init__(self, width: int, momentum: float = 0.1, eps: float = 1e-5) -> None:
             super().__init__()
             self.momentum, self.eps = momentum, eps
@@ -3161,11 +3160,10 @@ def masked_norm_class() -> type[torch.nn.Module]:
 
 @functools.cache
 def linear_class() -> type[torch.nn.Module]:
+    """Layers of n networks, their weights end to end."""
     from torch import Tensor, nn
 
     class Linear(nn.Linear):
-        """Layers of n networks, their weights end to end."""
-
         def __init__(self, n_in: int, n_out: int, n: int) -> None:
             super().__init__(n_in, n * n_out)
             self.n = n
@@ -3181,6 +3179,7 @@ def linear_class() -> type[torch.nn.Module]:
 
 @functools.cache
 def block_class() -> type[torch.nn.Module]:
+    """Two convolutions, squeeze and excitation, a shortcut; then time is halved."""
     import torch
     from torch import Tensor, nn
     from torch.nn import functional as F
@@ -3188,8 +3187,6 @@ def block_class() -> type[torch.nn.Module]:
     norm, linear = masked_norm_class(), linear_class()
 
     class Block(nn.Module):
-        """Two convolutions, squeeze and excitation, a shortcut; then time is halved."""
-
         def __init__(self, n_in: int, width: int, n: int = 1, kernel: int = 3) -> None:
             super().__init__()
             self.n = n
@@ -3219,13 +3216,12 @@ def block_class() -> type[torch.nn.Module]:
 
 @functools.cache
 def image_class() -> type[torch.nn.Module]:
+    """A small 2-D network over each 8 × 8 frame, shared by the five sensors."""
     import torch
     from torch import Tensor, nn
     from torch.nn import functional as F
 
     class ImageStem(nn.Module):
-        """A small 2-D network over each 8 × 8 frame, shared by the five sensors."""
-
         def __init__(self, width: int, n: int) -> None:
             super().__init__()
             self.n = n
@@ -3248,12 +3244,11 @@ TOF_WIDTH = IMAGE_WIDTH = 16
 
 @functools.cache
 def split_conv_class() -> type[torch.nn.Module]:
+    """A convolution of its own for each group of channels."""
     import torch
     from torch import Tensor, nn
 
     class SplitConv(nn.ModuleList):
-        """A convolution of its own for each group of channels."""
-
         def __init__(self, ins: Sequence[int], outs: Sequence[int], n: int) -> None:
             shape = {"padding": 2, "groups": n, "bias": False}
             layers = (nn.Conv1d(n * a, n * b, 5, **shape) for a, b in zip(ins, outs, strict=True))
@@ -3270,13 +3265,12 @@ def split_conv_class() -> type[torch.nn.Module]:
 
 @functools.cache
 def stems_class() -> type[torch.nn.Module]:
+    """Each group of channels, with its presence and its images, through a convolution of its own."""
     import torch
     from torch import Tensor, nn
     from torch.nn import functional as F
 
     class Stems(nn.Module):
-        """Each group of channels, with its presence and its images, through a convolution of its own."""
-
         def __init__(self, spec: NetSpec, n: int) -> None:
             super().__init__()
             self.n = n
@@ -3312,12 +3306,11 @@ def stems_class() -> type[torch.nn.Module]:
 
 @functools.cache
 def trunk_class() -> type[torch.nn.Module]:
+    """Standardised rows through the stems, then together through the blocks."""
     import torch
     from torch import Tensor, nn
 
     class Trunk(nn.Module):
-        """Standardised rows through the stems, then together through the blocks."""
-
         def __init__(self, spec: NetSpec, n: int = 1) -> None:
             super().__init__()
             self.n = n
@@ -3352,12 +3345,11 @@ def trunk_class() -> type[torch.nn.Module]:
 
 @functools.cache
 def memory_class() -> type[torch.nn.Module]:
+    """BiLSTM → GRU over the steps that exist."""
     from torch import Tensor, nn
     from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
     class Memory(nn.Module):
-        """BiLSTM → GRU over the steps that exist."""
-
         def __init__(self, width: int, hidden: int) -> None:
             super().__init__()
             self.lstm = nn.LSTM(width, hidden, batch_first=True, bidirectional=True)
@@ -3385,14 +3377,13 @@ def label_parts(spec: NetSpec) -> torch.Tensor:
 
 @functools.cache
 def head_class() -> type[torch.nn.Module]:
+    """Pools the steps and says what was done, in which position, starting how, and when."""
     import torch
     from torch import Tensor, nn
 
     linear = linear_class()
 
     class Head(nn.Module):
-        """Pools the steps and says what was done, in which position, starting how, and when."""
-
         def __init__(self, spec: NetSpec, dropout: float, n: int = 1) -> None:
             super().__init__()
             n_in = 2 * spec.width
@@ -3428,12 +3419,11 @@ def head_class() -> type[torch.nn.Module]:
 
 @functools.cache
 def net_class() -> type[torch.nn.Module]:
+    """Raw rows of a batch of recordings → logits. Noise: where dropout draws from, if at all."""
     import torch
     from torch import Tensor, nn
 
     class Net(nn.Module):
-        """Raw rows of a batch of recordings → logits. Noise: where dropout draws from, if at all."""
-
         def __init__(self, spec: NetSpec, dropout: float) -> None:
             super().__init__()
             self.dropout = dropout
@@ -4188,13 +4178,12 @@ class TorchModel:
 
 @functools.cache
 def matrix_conv_class() -> type[torch.nn.Module]:
+    """A convolution and the norm that follows it as one matrix product, for one recording."""
     import torch
     from torch import Tensor, nn
     from torch.nn.utils.fusion import fuse_conv_bn_weights
 
     class MatrixConv(nn.Module):
-        """A convolution and the norm that follows it as one matrix product, for one recording."""
-
         def __init__(self, weight: Tensor, norm: Any, n: int) -> None:
             super().__init__()
             learnt = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
@@ -4405,17 +4394,16 @@ def silent_stderr() -> Iterator[None]:
 
 @functools.cache
 def standardise_class() -> type[Any]:
+    """Rows as measured → channels about 0 ± 1 with presence flags, and which rows are real.
+
+    A row is real if something is measured in it or in a later one; the first always is, so
+    that no mean is over nothing. A silent channel is 0 after standardisation, and flagged.
+    """
     import keras
     from keras import ops
 
     @keras.saving.register_keras_serializable(KERAS_NAME)
     class Standardise(keras.layers.Layer):
-        """Rows as measured → channels about 0 ± 1 with presence flags, and which rows are real.
-
-        A row is real if something is measured in it or in a later one; the first always is, so
-        that no mean is over nothing. A silent channel is 0 after standardisation, and flagged.
-        """
-
         def __init__(self, groups: Any, **kwargs: Any) -> None:
             super().__init__(**{**kwargs, "dtype": "float32"})
             self.groups = [(str(name), [str(n) for n in names]) for name, names in groups]
@@ -4478,17 +4466,16 @@ def gru_step(enter: Any, g: Any, kernel: Any) -> Any:
 
 @functools.cache
 def recurrent_class() -> type[Any]:
+    """An LSTM and a GRU side by side, both ways: (B, T, C), (B, T, 1) → (B, T, 4 · units).
+
+    One loop runs all four. What enters is zero in padding and the GRU has no recurrent bias, so
+    a state at rest stays at rest: padding, which comes first on the way back, changes nothing.
+    """
     import keras
     from keras import ops
 
     @keras.saving.register_keras_serializable(KERAS_NAME)
     class BiLstmGru(keras.layers.Layer):
-        """An LSTM and a GRU side by side, both ways: (B, T, C), (B, T, 1) → (B, T, 4 · units).
-
-        One loop runs all four. What enters is zero in padding and the GRU has no recurrent bias, so
-        a state at rest stays at rest: padding, which comes first on the way back, changes nothing.
-        """
-
         def __init__(self, units: int, **kwargs: Any) -> None:
             super().__init__(**kwargs)
             self.units = units
@@ -4521,13 +4508,12 @@ def recurrent_class() -> type[Any]:
 
 @functools.cache
 def attention_class() -> type[Any]:
+    """Means over real rows, weighed by each head's own score: (B, T, C) → (B, heads · C)."""
     import keras
     from keras import ops
 
     @keras.saving.register_keras_serializable(KERAS_NAME)
     class AttentionMean(keras.layers.Layer):
-        """Means over real rows, weighed by each head's own score: (B, T, C) → (B, heads · C)."""
-
         def call(self, x: Any, scores: Any, real: Any) -> Any:
             lowest = float(np.finfo(np.float32).min)  # of the dtype at hand: -1e9 overflows float16
             scores = ops.where(real > 0, ops.cast(scores, "float32"), lowest)  # (B, T, heads)
@@ -4540,16 +4526,15 @@ def attention_class() -> type[Any]:
 
 @functools.cache
 def composite_class() -> type[Any]:
+    """Both heads in one answer: (B, K), (B, L) logits → (B, L) probabilities.
+
+    A gesture gets the mean of what the heads say; the composite head shares it out.
+    """
     import keras
     from keras import ops
 
     @keras.saving.register_keras_serializable(KERAS_NAME)
     class CompositeProba(keras.layers.Layer):
-        """Both heads in one answer: (B, K), (B, L) logits → (B, L) probabilities.
-
-        A gesture gets the mean of what the heads say; the composite head shares it out.
-        """
-
         def __init__(self, table: Any, **kwargs: Any) -> None:
             super().__init__(**{**kwargs, "dtype": "float32"})
             self.table = [[int(v) for v in row] for row in table]
@@ -5715,6 +5700,8 @@ def cluster(study: Study, cfg: Config) -> tuple[dict[str, Any], tuple[type[Excep
             return {"backend": "ray"}, connect_ray(cfg)
     except ImportError as error:
         raise ConfigError(f"CMI_BACKEND={cfg.cmi_backend} needs a package: {error}.") from None
+    # loky starts a worker anew when its memory has grown, as by importing torch
+    warnings.filterwarnings("ignore", "A worker stopped while some jobs were given")
     return {"backend": cfg.cmi_backend}, (BrokenExecutor,)
 
 
@@ -5897,8 +5884,7 @@ def as_it_is(proba: F32, knob: Any) -> F32:
 def at_temperature(proba: F32, temperature: float) -> F32:
     """Softmax of log probabilities divided by a temperature. (N, K) → (N, K)"""
     logit = np.log(np.maximum(proba, TINY)) / temperature
-    power = np.exp(logit - logit.max(axis=1, keepdims=True))
-    return np.asarray(power / power.sum(axis=1, keepdims=True), np.float32)
+    return np.asarray(softmax(logit), np.float32)
 
 
 def as_ranks(proba: F32, grid: Sequence[Sequence[float]]) -> F32:
