@@ -492,10 +492,10 @@ RUNNING: set[subprocess.Popen[str]] = set()  # to be ended with us
 def pytest_in(folder: Path, nodes: Iterable[str], *options: str) -> tuple[int, str]:
     """Exit status and output of pytest; 124 if it takes too long. Its processes end with it."""
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "CMI_REAL_DATA")}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, *nodes]
+    flags = ("-q", "-n0", "-p", "no:cacheprovider", *options)
     with subprocess.Popen(
-        command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env=env | {"TMPDIR": str(folder)}, start_new_session=True,
+        [sys.executable, "-m", "pytest", *flags, *nodes], cwd=folder, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env | {"TMPDIR": str(folder)},
     ) as run:  # fmt: skip
         RUNNING.add(run)
         try:
