@@ -5449,7 +5449,7 @@ def difference(now: Mapping[str, Any], then: Mapping[str, Any]) -> str:
     keys = [k for k in now if k not in then or now[k] != then[k]]
     texts = [
         f"{k} {then.get(k, 'absent')} → {now[k]}"
-        if k.isupper() or "version" in k
+        if k.isupper() or "version" in k or k == "precision"
         else f"{k} differ"
         for k in keys
     ]

@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -519,6 +520,10 @@ def killed_in(epoch: int, whole: Callable[..., Any]) -> Callable[..., Any]:
     return train_epoch
 
 
+def ends_at_once(_: cmi.KerasRun) -> None:
+    raise Killed
+
+
 def values_in(path: Path) -> dict[str, np.ndarray]:
     """Every number in a .keras file, by its place."""
     import h5py
@@ -630,6 +635,26 @@ def test_a_checkpoint_of_other_settings_or_rows_is_refused_by_name(
     assert "refused" in printed
     assert "input differ" in printed
     assert [line["epoch"] for line in history(tmp_path)] == [1, 1, 2, 3]
+
+
+def test_a_checkpoint_of_another_precision_is_refused_by_name(
+    data: Data,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As when a training that began without a card goes on with one."""
+    job = job_in(tmp_path, data[2])
+    monkeypatch.setattr(cmi, "train_epoch", killed_in(1, cmi.train_epoch))
+    with pytest.raises(Killed):
+        cmi.fit_keras(job, *data[:2], config())
+    monkeypatch.setattr(cmi, "dtype_policy", lambda _: "mixed_bfloat16")
+    monkeypatch.setattr(cmi, "train_keras", ends_at_once)
+    with pytest.raises(Killed):
+        cmi.fit_keras(job, *data[:2], config())
+    printed = capsys.readouterr().out
+    assert re.search(r"refused .*checkpoint=.?precision float32 → mixed_bfloat16", printed)
+    assert not cmi.keras_checkpoint(job).exists()
 
 
 def test_a_torn_checkpoint_is_named(tmp_path: Path, data: Data) -> None:

@@ -33,6 +33,23 @@ def test_the_old_name_of_the_lightgbm_bundle_is_known() -> None:
     assert both.lgbm_bundle_path == Path("/y")
 
 
+def test_paths_are_of_the_folder_where_the_run_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker, or a notebook that changes folder, must find them too."""
+    (tmp_path / "data").mkdir()
+    for name in ("train", "train_demographics", "test", "test_demographics"):
+        (tmp_path / "data" / f"{name}.csv").touch()
+    named = ("LGBM_BUNDLE_PATH", "TORCH_BUNDLE_PATH", "KERAS_BUNDLE_PATH", "OUTPUT_PATH")
+    env = {name: name.lower() for name in named} | {"CMI_DATA_DIR": "data"}
+    monkeypatch.chdir(tmp_path)
+    cfg = cmi.settle(cmi.Config.from_env(env), env)
+    for name in named:
+        assert getattr(cfg, name.lower()) == tmp_path / name.lower()
+    assert cfg.cmi_data_dir == tmp_path / "data"
+    assert cfg.ckpt_base_dir is None
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
