@@ -1212,7 +1212,7 @@ def damages(draw: st.DrawFn) -> Callable[[pl.DataFrame], pl.DataFrame]:
                 cells, cells, cells,
                 lambda f: having(f, value, columns),
                 lambda f: f.drop(present(f)),
-                lambda f: f.with_columns(pl.col(present(f)).cast(kind, strict=False)),
+                lambda f: f.with_columns(pl.col(present(f)).cast(pl.Float64, strict=False).cast(kind, strict=False)),
                 lambda f: f.slice(first, length),
                 lambda f: pl.concat([f] * 3),
                 lambda f: f.sample(fraction=1, shuffle=True, with_replacement=True, seed=first),
