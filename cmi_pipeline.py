@@ -7285,11 +7285,20 @@ def print_results(results: Sequence[Result]) -> None:
 HELP = {"--help": print_help, "--help-features": print_feature_help}
 
 
+def help_out(word: str, cfg: Config) -> None:
+    """Print what a word asks for; whoever reads it may stop early, as `head` does."""
+    try:
+        HELP[word](cfg)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+
+
 def main(env: Mapping[str, str], arguments: Sequence[str] = ()) -> None:
     """The whole road, or what of it the settings ask for."""
     cfg = Config.from_env(env)
     for word in set(arguments) & set(HELP):
-        HELP[word](cfg)
+        help_out(word, cfg)
         return
     if cfg.dl_num_workers:
         log("note", DL_NUM_WORKERS=cfg.dl_num_workers, effect="none: batches need no workers")

@@ -1,6 +1,8 @@
 """Settings: read once, as the right type, with errors that say what is wrong."""
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -144,3 +146,15 @@ def test_a_setting_shapes_only_the_members_it_says() -> None:
     assert base.shaping("torch") != changed.shaping("torch")
     assert base.shaping("lgbm") == changed.shaping("lgbm")
     assert base.shaping("keras") == changed.shaping("keras")
+
+
+@pytest.mark.parametrize("word", sorted(cmi.HELP))
+def test_help_may_be_read_in_part(word: str) -> None:
+    """As `python cmi_pipeline.py --help | head` does: no traceback, no other status."""
+    command = [sys.executable, cmi.__file__, word]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
