@@ -3138,7 +3138,8 @@ def masked_norm_class() -> type[torch.nn.Module]:
             self.register_buffer("running_mean", torch.zeros(width))
             self.register_buffer("running_var", torch.ones(width))
 
-        def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # (B, C, T), (B, 1, T) → (B, C, T)
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            """(B, C, T), (B, 1, T) → (B, C, T)"""
             if self.fused:
                 return x * mask
             if not self.training:
@@ -3199,7 +3200,7 @@ def block_class() -> type[torch.nn.Module]:
             self.excite = linear(width // 8, width, n)
 
         def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-            # (B, n·C, T), (B, 1, T) → (B, n·W, T/2), (B, 1, T/2)
+            """(B, n·C, T), (B, 1, T) → (B, n·W, T/2), (B, 1, T/2)"""
             h = F.silu(self.norms[0](self.first(x), mask))
             h = self.norms[1](self.second(h), mask)
             mean = h.sum(2) / mask.sum(2).clamp(min=1)  # (B, n·W) over rows that exist
@@ -3288,7 +3289,7 @@ def stems_class() -> type[torch.nn.Module]:
             self.norm = masked_norm_class()(n * self.width)
 
         def forward(self, known: Tensor, gone: Tensor, images: Any, mask: Tensor) -> Tensor:
-            # (B, n, T, C), (B, T, C), (B, T, 5, 8, 8), (B, 1, T) → (B, n·W, T)
+            """(B, n, T, C), (B, T, C), (B, T, 5, 8, 8), (B, 1, T) → (B, n·W, T)"""
             pictures = iter(() if self.image is None else self.image(images).unbind(1))
             known = (known * mask[..., None]).transpose(2, 3)
             there = 1 - gone.float().transpose(1, 2)
@@ -3327,7 +3328,7 @@ def trunk_class() -> type[torch.nn.Module]:
         def forward(
             self, rows: Tensor, images: Tensor | None, length: Tensor
         ) -> tuple[Tensor, Tensor]:
-            # (B, T, C), (B, T, 5, 8, 8), (B) → (B, n·W, T/8), (B, 1, T/8); 8 divides T
+            """(B, T, C), (B, T, 5, 8, 8), (B) → (B, n·W, T/8), (B, 1, T/8); 8 divides T"""
             to_end = length[:, None] - 1 - torch.arange(rows.shape[1], device=rows.device)
             mask = (to_end >= 0).float()[:, None]  # (B, 1, T)
             gone = rows.isnan()
@@ -3399,8 +3400,7 @@ def head_class() -> type[torch.nn.Module]:
             self.register_buffer("parts_of", parts_of, persistent=False)
 
         def forward(self, h: Tensor, mask: Tensor, noise: torch.Generator | None) -> Outputs:
-            # (B, n, T, D), (B, 1, T) → logits (B, n, …) of gesture, label, orientation, behavior
-            # and, for each step, phase
+            """(B, n, T, D), (B, 1, T) → logits (B, n, …): gesture, label, orientation, behavior; phase by step"""
             there = mask > 0
             phase = self.phase(h)[..., 0]
             rank = self.rank(h)[..., 0] + self.guidance.view(-1, 1) * phase
@@ -3503,6 +3503,7 @@ class Store:
     def of(
         cls, frames: Frames, spec: NetSpec, device: torch.device, phase: U8 | None = None
     ) -> Store:
+        """Copy frames, and phases if there are any, to a device."""
         import torch
 
         names = spec.channels
@@ -4413,7 +4414,8 @@ def standardise_class() -> type[Any]:
             self.mean = self.add_weight(name="mean", initializer="zeros", **shape)
             self.scale = self.add_weight(name="scale", initializer="ones", **shape)
 
-        def call(self, rows: Any) -> Any:  # (B, T, C) → 1 or 2 branches (B, T, …), real (B, T, 1)
+        def call(self, rows: Any) -> Any:
+            """(B, T, C) → 1 or 2 branches (B, T, …), real (B, T, 1)"""
             there = ops.logical_not(ops.isnan(rows))
             z = ops.clip((rows - self.mean) / self.scale, -8.0, 8.0)
             z, there = ops.where(there, z, ops.zeros_like(z)), ops.cast(there, "float32")

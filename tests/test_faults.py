@@ -1212,6 +1212,7 @@ def damages(draw: st.DrawFn) -> Callable[[pl.DataFrame], pl.DataFrame]:
                 cells, cells, cells,
                 lambda f: having(f, value, columns),
                 lambda f: f.drop(present(f)),
+                # text becomes a truth value only by way of a number
                 lambda f: f.with_columns(pl.col(present(f)).cast(pl.Float64, strict=False).cast(kind, strict=False)),
                 lambda f: f.slice(first, length),
                 lambda f: pl.concat([f] * 3),
