@@ -123,7 +123,7 @@ class CMIGateway(templates.Gateway):
 
         original = self.original_dtypes
         if base_gateway.IS_RERUN if original is None else original:
-            return pl.read_csv(path)
+            return pl.read_csv(path, glob=False)
         return read_csv_with_numbers(path)
 
 
@@ -135,11 +135,11 @@ def read_csv_with_numbers(path: str | Path) -> pl.DataFrame:
     import polars as pl
 
     try:
-        head = pl.read_csv(path, n_rows=INFERENCE_ROWS)
+        head = pl.read_csv(path, n_rows=INFERENCE_ROWS, glob=False)
         numbers = dict.fromkeys(_valueless_columns(head), pl.Float64)
-        return pl.read_csv(path, schema_overrides=numbers)
+        return pl.read_csv(path, schema_overrides=numbers, glob=False)
     except pl.exceptions.ComputeError:  # further down, fractions among integers, or text
-        frame = pl.read_csv(path, infer_schema_length=None)
+        frame = pl.read_csv(path, infer_schema_length=None, glob=False)
         return frame.cast(dict.fromkeys(_valueless_columns(frame), pl.Float64))
 
 

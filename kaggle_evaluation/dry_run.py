@@ -93,7 +93,7 @@ def write_test_files(options: Options, folder: Path) -> list[str]:
         if not (options.test_dir / name).is_file():
             raise UsageError(f"{options.test_dir / name} is missing: --test-dir needs both files.")
     # As text: numbers keep their spelling, so polars infers the same types from the copy.
-    test = pl.read_csv(options.test_dir / "test.csv", infer_schema_length=0)
+    test = pl.read_csv(options.test_dir / "test.csv", infer_schema_length=0, glob=False)
     if "sequence_id" not in test.columns or test.is_empty():
         raise UsageError(f"{options.test_dir / 'test.csv'} has no rows or no column sequence_id.")
     if labels := [name for name in LABEL_COLUMNS if name in test.columns]:
