@@ -1,6 +1,6 @@
 """Pack the models of a finished run as a Kaggle dataset, ready to be uploaded and attached.
 
-    python make_kaggle_dataset.py cmi_output cmi_dataset --slug USER/cmi-bundles --title "CMI bundles"
+    python make_kaggle_dataset.py cmi_output cmi_dataset --slug USER/cmi-bundles --title "CMI data"
 
 Copies what serving and the next plan need (the models that bundle.json names, the ensemble weights,
 folds.csv), adds dataset-metadata.json and prints the command that uploads the folder. A bundle that
@@ -41,40 +41,39 @@ def checked_metadata(slug: str, title: str) -> dict[str, object]:
 
 
 def files_to_pack(out: Path) -> list[Path]:
-    """Paths, relative to `out`, of a whole and unchanged run; else an error that says what is wrong."""
+    """Paths, relative to `out`, of a whole and unchanged run; else an error that says why not."""
     weights, folds = out / "ensemble" / "weights.json", out / "folds.csv"
     for needed in (folds, weights):
         if not needed.is_file():
             raise ValueError(f"{needed} does not exist. Name the OUTPUT_PATH of a finished run.")
-    n_folds = pl.read_csv(folds)["fold"].n_unique()
-    files, marks = [folds, weights], {}
+    n_folds = pl.read_csv(folds.read_bytes())["fold"].n_unique()
+    files, digests = [folds, weights], {}
     for name in (m for m in cmi.MEMBERS if (out / f"{m}_models" / "bundle.json").is_file()):
         for mode, (folder, stems, _) in whole_models(out, name, n_folds).items():
-            marks[f"{name}/{mode}"] = cmi.bundle_mark(folder, stems)
+            digests[f"{name}/{mode}"] = cmi.bundle_digest(folder, stems)
             ends = (".json", *cmi.MEMBERS[name].files)
             files += [folder / f"{stem}{end}" for stem in stems for end in ends]
         files.append(out / f"{name}_models" / "bundle.json")
-    wanted = cmi.read_json(weights)["marks"]
-    other = [part for part in wanted if marks.get(part) != wanted[part]]
-    if other or not marks:
+    wanted = cmi.read_json(weights)["digests"]
+    other = [part for part in wanted if digests.get(part) != wanted[part]]
+    if other or not digests:
         raise ValueError(
-            f"{weights} was found with other models than lie in {out}: {', '.join(other) or 'none'}. "
-            f"Run the pipeline again; models reused from a bundle elsewhere must be copied here first."
+            f"{weights} was found with other models than lie in {out}: "
+            f"{', '.join(other) or 'none'}. Run the pipeline again; models reused from a bundle "
+            f"elsewhere must be copied here first."
         )
     return [path.relative_to(out) for path in files]
 
 
 def whole_models(out: Path, name: str, n_folds: int) -> dict[str, tuple[Path, list[str], cmi.I64]]:
     """What serving would use of a member, by mode; an error if a mode or a fold is missing."""
-    usable = cmi.usable_models(
-        out / f"{name}_models", cmi.MEMBERS[name].files
-    )  # logs what is damaged
-    for mode in cmi.MEMBERS[name].modes:
-        folder = out / f"{name}_models" / mode
+    member, own = cmi.MEMBERS[name], out / f"{name}_models"
+    usable = cmi.usable_models(own, member.files)  # logs what is damaged
+    for mode in member.modes:
         if mode not in usable:
-            raise ValueError(f"{folder} is damaged or incomplete. Run the pipeline again.")
+            raise ValueError(f"{own / mode} is damaged or incomplete. Run the pipeline again.")
         if len({stem.split("_")[0] for stem in usable[mode][1]}) != n_folds:
-            raise ValueError(f"{folder} has not the {n_folds} folds of folds.csv.")
+            raise ValueError(f"{own / mode} has not the {n_folds} folds of folds.csv.")
     return usable
 
 

@@ -1,377 +1,330 @@
-"""Every figure that README quotes, with its plain counterpart measured in the same run.
+"""How fast the pipeline is: each figure beside its plain counterpart, measured in the same run.
 
-    python tests/benchmark.py                 # all parts, some hours; writes benchmark.json
-    python tests/benchmark.py --quick         # the speed figures, minutes
-    python tests/benchmark.py search boosting # some parts; benchmark.json keeps the others
+    python tests/benchmark.py                             # every part
+    python tests/benchmark.py features serving            # some; benchmark.json keeps the others
+    python tests/benchmark.py serving --bundle cmi_output # models of an earlier run
 
-One table at the end: what benchmark.json holds by then, of this run and of earlier ones. Times are
-of whatever machine this is; compare the ratios. Scores are of simulated data. CMI_BENCHMARK_DIR
-names the folder for simulated recordings and models, /tmp/cmi_benchmark if unset.
+Prints one markdown table of what benchmark.json holds by then. Times are of this machine: compare
+the ratios. CMI_BENCHMARK_DIR names the folder for what is simulated and trained for it.
 """
 
 import argparse
-import collections
+import functools
+import importlib.metadata
+import json
+import multiprocessing
 import os
+import platform
+import re
+import resource
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import benchmark_features
-import benchmark_keras
-import benchmark_machines
-import benchmark_torch
-import measured
 import numpy as np
-from measured import CACHE, ROOT, SCORE, Part, Row, cmi, medians
+import polars as pl
 
-SIZE = (24, 51)  # subjects and recordings of each, of the parts that train LightGBM
-SEEDS = (1, 2, 3)
-BUNDLE = {"N_FOLDS": "5", "SIM_SUBJECTS": "10", "SIM_TEST_SUBJECTS": "2", "SIM_RECORDINGS": "40",
-          "LGBM_ROUNDS": "60", "TORCH_MAX_EPOCHS": "2", "KERAS_MAX_EPOCHS": "2"}  # fmt: skip
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import runs
+from made import changed, recordings
 
+import cmi_pipeline as cmi
+import cmi_simulator
 
-# ---- speed -------------------------------------------------------------------------------------
-
-
-def start() -> list[Row]:
-    """Importing the file, beside importing what it needs anyway."""
-
-    def imported(names: str) -> None:
-        subprocess.run([sys.executable, "-c", f"import {names}"], cwd=ROOT, check=True)
-
-    ours, plain = medians(
-        lambda: imported("cmi_pipeline"), lambda: imported("numpy, polars"), repeats=7
-    )
-    return [
-        Row("a process that imports cmi_pipeline, against one with numpy and polars alone",
-            ours / 1e3, plain / 1e3, "s"),
-        Row("importing cmi_pipeline, beyond numpy and polars", (ours - plain) / 1e3, None, "s"),
-    ]  # fmt: skip
+CACHE = Path(os.environ.get("CMI_BENCHMARK_DIR", "/tmp/cmi_benchmark")).absolute()
+RESULTS = Path("benchmark.json")  # in the current folder
+PACKAGES = ("numpy", "polars", "lightgbm", "torch", "keras", "tensorflow")
+FOLDS = 5
+SAMPLE = 40  # recordings of the slow loop
+SHORT = {
+    "N_FOLDS": str(FOLDS), "SIM_SUBJECTS": "10", "SIM_TEST_SUBJECTS": "2", "SIM_RECORDINGS": "40",
+    "LGBM_ROUNDS": "100", "TORCH_MAX_EPOCHS": "1", "KERAS_MAX_EPOCHS": "1",
+}  # fmt: skip
+Row = tuple[str, float, float | None, str]  # what, ours, plain, unit
+Options = argparse.Namespace
 
 
-def search() -> list[Row]:
-    """1,024 weightings of 3 members on 8,151 recordings, all at once and one by one."""
-    from sklearn.metrics import f1_score
+def alone(work: Callable[..., Any], *args: Any) -> Any:
+    """What `work` returns in a process of its own, which meets nobody's memory and threads."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *args).result()
 
-    rng = np.random.default_rng(0)
-    truth = rng.integers(0, 18, 8151)
-    proba = rng.dirichlet(np.ones(18), (3, 8151)).astype(np.float32)
-    weights = rng.dirichlet(np.ones(3), 1024)
+
+def seconds(work: Callable[..., object], *args: Any) -> float:
     began = time.perf_counter()
-    fast = cmi.scores_of_weights(weights, proba, truth)
-    secs = time.perf_counter() - began
+    work(*args)
+    return time.perf_counter() - began
 
-    def plain(w: np.ndarray) -> float:
-        answer = np.tensordot(w, proba, axes=1).argmax(axis=1)
-        t, p = np.minimum(truth, 8), np.minimum(answer, 8)
-        binary = f1_score(t < 8, p < 8, zero_division=0)
-        return 0.5 * binary + 0.5 * f1_score(t, p, average="macro", zero_division=0)
 
+def medians(*calls: Callable[[], object], repeats: int = 30) -> list[float]:
+    """Milliseconds of each; they take turns, so that all meet the same machine."""
+    turns = [[1e3 * seconds(call) for call in calls] for _ in range(repeats + 1)]
+    return np.median(turns[1:], axis=0).tolist()
+
+
+def simulated(subjects: int, recordings: int) -> Path:
+    """The competition's files with simulated recordings, made once."""
+    source = cmi.digest(Path(cmi_simulator.__file__).read_bytes())
+    folder = CACHE / f"{subjects}x{recordings}-{source}"
+    if not folder.exists():
+        partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+        size = {"subjects": subjects, "recordings_per_subject": recordings}
+        cmi_simulator.simulate(partial, test_subjects=2, seed=1, **size)
+        partial.rename(folder)
+    return folder
+
+
+def one_pass(folder: Path, cfg: cmi.Config) -> dict[str, float]:
+    """Table and frames of all recordings in both modes, and of one."""
+    rec, _ = cmi.cached_recordings(folder, cfg)
     began = time.perf_counter()
-    slow = [plain(w) for w in weights[:16]]
-    loop = (time.perf_counter() - began) / 16 * 1024
-    np.testing.assert_allclose(fast[:16], slow, atol=1e-9)
-    what = "1,024 weightings of 3 members × 8,151 recordings, against scikit-learn (from 16)"
-    return [Row(what, secs, loop, "s")]
+    ours = cmi.canonical(rec, np.zeros(len(rec), bool))
+    both = [(part, part.of_mode("imu")) for part in cmi.extract_features(ours)]
+    found = {"secs": time.perf_counter() - began, "n": len(rec), "features": len(both[0][0].names)}
+    found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return found | {"one": medians(lambda: cmi.extract_features(ours.part(7, 8)))[0]}
 
 
-def boosters(n_folds: int = 5, rounds: int = 300) -> tuple[cmi.LgbmModel, cmi.F64]:
-    """LightGBM folds of the size that README quotes, on random features, and one row."""
-    import lightgbm as lgb
+def slow_loop(folder: Path, cfg: cmi.Config) -> float:
+    """Seconds of a loop with scipy over all recordings, from a few, by their share of the rows."""
+    import reference
 
-    rng = np.random.default_rng(0)
-    y = rng.integers(0, 18, 1500)
-    x = rng.normal(size=(1500, 300)).astype(np.float32) + 0.1 * y[:, None] * rng.normal(size=300)
-    names = [f"f{i}" for i in range(300)]
-    folder, cfg = CACHE / "boosters", cmi.Config()
-    models = (("", 18, rounds), ("_orientation", 4, 60), ("_behavior", 4, 60))
-    for k in range(n_folds):
-        for end, n_classes, n_rounds in models:
-            params = cmi.lgbm_params(cfg, n_classes, len(x), k)
-            booster = lgb.train(params, lgb.Dataset(x, y % n_classes, feature_name=names), n_rounds)
-            cmi.write_whole(folder / f"fold{k:02d}{end}.txt", booster.model_to_string())
-    stems = [f"fold{k:02d}" for k in range(n_folds)]
-    table = np.array([[0, 0, g] for g in range(18)])
-    (model,) = cmi.load_lgbm(folder, stems, table, cfg)
-    return model, np.float64(x[:1])
+    rec, _ = cmi.cached_recordings(folder, cfg)
+    some = np.random.default_rng(0).choice(len(rec), SAMPLE, replace=False).tolist()
+    reference.features(rec, some[0])  # what is loaded on first use does not count
+    began = time.perf_counter()
+    for i in some:
+        reference.features(rec, i)
+        reference.channels(rec, i)
+    share = float(np.diff(rec.start)[some].sum()) / len(rec.acc)
+    return (time.perf_counter() - began) / share
 
 
-def boosting() -> list[Row]:
-    """One recording through 5 folds × 300 rounds × 18 classes, plainly and all trees at once."""
-    model, row = boosters()
-    plain = cmi.dataclasses.replace(model, forest=None)
-    fast, slow, one_thread = medians(
-        lambda: model.proba(row),
-        lambda: plain.proba(row),
-        lambda: [b.predict(row, num_threads=1) for f in model.boosters for b in f],
-    )
-    gap = max(np.abs(a - b).max() for a, b in zip(plain.proba(row), model.proba(row), strict=True))
-    what = "one recording, 5 folds × 300 rounds × 18 classes"
+def features(options: Options) -> list[Row]:
+    """From train.csv to table and frames; the best of three, what else runs only adds to it."""
+    folder = simulated(max(2, round(options.recordings / 102)), 102)
+    with tempfile.TemporaryDirectory() as scratch:
+        cfg = cmi.Config(output_path=Path(scratch))
+        first, *later = (alone(seconds, cmi.cached_recordings, folder, cfg) for _ in range(4))
+        csv = min(alone(seconds, pl.read_csv, folder / "train.csv") for _ in range(3))
+        passes = [alone(one_pass, folder, cfg) for _ in range(3)]
+        plain = alone(slow_loop, folder, cfg)
+    best = min(passes, key=lambda found: found["secs"])
+    what = f"{best['features']} features and frames of {best['n']:,} recordings, both modes"
     return [
-        Row(f"{what}, against LightGBM's predict", fast, slow, "ms"),
-        Row(f"{what}, against its predict on one thread", fast, one_thread, "ms"),
-        Row(f"{what}, largest difference of a probability", float(gap)),
+        (f"{what}, against pl.read_csv of the file", best["secs"], csv, "s"),
+        (f"{what}, against a loop (from {SAMPLE})", best["secs"], plain, "s"),
+        ("peak memory of that process, recordings included", best["peak"], None, "GB"),
+        ("features and frames of one recording", best["one"], None, "ms"),
+        ("recordings at the second start, against the first", min(later), first, "s"),
     ]
 
 
-def bundle() -> Path:
-    """Output folder of a short real run of this very pipeline; made once."""
-    out = CACHE / f"bundle-{cmi.digest(Path(cmi.__file__).read_bytes(), BUNDLE)[:8]}"
-    if not (out / "submission.parquet").exists():
-        cmi.log("bundle", trains=out)
-        measured.pipeline(out, BUNDLE)
-    return out
+def fitted(name: str, folder: Path) -> SimpleNamespace:
+    """A member with models of several folds, all of them copies of one that hardly learnt."""
+    rec = cmi.read_train(simulated(4, 51))
+    table, frames = cmi.extract_features(cmi.canonical(rec, np.zeros(len(rec), bool)))
+    x, labels, index = table if name == "lgbm" else frames, rec.labels, np.arange(len(rec))
+    assert labels is not None
+    cfg = cmi.Config(lgbm_rounds=300, lgbm_es_rounds=0, torch_max_epochs=1, keras_max_epochs=1)
+    member, stems = cmi.MEMBERS[name], [f"fold{k:02d}" for k in range(FOLDS)]
+    where = folder / "all", folder / "scratch", folder / "logs"
+    job = cmi.Job(name, "all", 0, 0, index[16:], index[:16], *where)
+    member.fit(job, x, labels, cfg)
+    for end in member.files:
+        for stem in stems[1:]:
+            shutil.copy(job.folder / f"fold00{end}", job.folder / f"{stem}{end}")
+    files = [job.folder / f"{stem}{end}" for stem in stems for end in member.files]
+    model = member.load(job.folder, stems, labels.table, cfg)
+    asked = {"member": member, "model": model, "x": x, "one": x.take(np.array([7]))}
+    return SimpleNamespace(name=name, cfg=cfg, job=job, labels=labels, files=files, **asked)
 
 
-def serving() -> list[Row]:
-    """predict() of all members × 5 folds × 2 modes on simulated test recordings.
+def batches(f: SimpleNamespace, frames: cmi.Frames, whole: bool) -> cmi.Batches:
+    """As its networks are given recordings."""
+    about = cmi.read_spec(f.job.folder / "fold00_spec.json", f.labels.table)
+    return cmi.Batches(frames, *about, f.labels, whole=whole)
 
-    CMI_BENCHMARK_BUNDLE names the output folder of a full run on simulated recordings. Without it a
-    short one is made: few rounds and epochs, which shorten LightGBM's small share only.
-    """
-    import polars as pl
 
-    out = Path(os.environ.get("CMI_BENCHMARK_BUNDLE") or bundle()).absolute()
-    data = next(out.glob("simulated-*"), None)
-    if data is None:
-        raise FileNotFoundError(
-            f"{out} holds no simulated-*: name the output of a run on simulated data"
-        )
-    predictor = cmi.Predictor(cmi.Config(output_path=out, strict=True))
+def compared(f: SimpleNamespace, plain: Callable[[], object], other: str) -> Row:
+    what = f"one recording through {FOLDS} folds of {f.name}, against {other}"
+    return (what, *medians(lambda: f.member.predict(f.model, f.one), plain), "ms")
+
+
+def lgbm(_: Options) -> list[Row]:
+    """300 rounds of 18 classes."""
+    import lightgbm
+
+    with tempfile.TemporaryDirectory() as name:
+        f = fitted("lgbm", Path(name))
+        boosters = [lightgbm.Booster(model_file=str(file)) for file in f.files]
+    return [compared(f, lambda: [b.predict(f.one.x) for b in boosters], "Booster.predict")]
+
+
+def torch(_: Options) -> list[Row]:
+    """Answers, and steps of training."""
+    import torch
+
+    with tempfile.TemporaryDirectory() as name:
+        f = fitted("torch", Path(name))
+        made, one, nets = batches(f, f.x, whole=False), batches(f, f.one, whole=False), []
+        for file in f.files[::2]:
+            nets.append(cmi.torch_classes().Network(made.spec, 0.0).eval())
+            nets[-1].load_state_dict(torch.load(file, weights_only=True))
+
+        def plain() -> None:
+            with torch.no_grad():
+                for net in nets:
+                    batch = one.plain(np.array([0]))
+                    net(torch.from_numpy(batch.x), None, torch.from_numpy(batch.length))
+
+        rows = [compared(f, plain, "unfused networks one by one")]
+    learner, rng = cmi.TorchLearner(f.job, made.spec, f.cfg), np.random.default_rng(0)
+    for size in (16, 64):
+        index = rng.choice(len(f.x), size, replace=False)
+        making = functools.partial(made.augmented, index, rng, f.cfg)
+        pieces = [making().pieces(n) for n in (size, 1)]
+        learner.begin_epoch(0)
+        steps = [functools.partial(learner.train_step, piece, 1e-4) for piece in pieces]
+        step, singly, batch = medians(*steps, making, repeats=10)
+        what = f"Torch step of {size} recordings"
+        rows.append((f"{what}, against one recording at a time", step, singly, "ms"))
+        rows.append((f"making the batch of a {what}, against the step", batch, step, "ms"))
+    return rows
+
+
+def keras(_: Options) -> list[Row]:
+    """Answers."""
+    with tempfile.TemporaryDirectory() as name:
+        f = fitted("keras", Path(name))
+        networks = [cmi.keras.saving.load_model(file) for file in f.files[::2]]
+        one = batches(f, f.one, whole=True)
+
+        def plain() -> None:
+            for network in networks:
+                inputs = cmi.keras_inputs(one.plain(np.array([0])), one.spec)
+                network.predict(inputs, verbose=0)
+
+        return [compared(f, plain, "model.predict")]
+
+
+def serving(options: Options) -> list[Row]:
+    """predict, beside every model for itself, one after the other."""
+    out = options.bundle or CACHE / f"bundle-{cmi.digest(Path(cmi.__file__).read_bytes())}"
+    if not (out / "ensemble" / "weights.json").exists():  # a short run of this very pipeline
+        env = runs.clean_environment() | SHORT | {"OUTPUT_PATH": str(out)}
+        subprocess.run([sys.executable, cmi.__file__], check=True, stdout=sys.stderr, env=env)
+    data = next(out.glob("simulated-*"), None) or simulated(10, 40)
     test = pl.read_csv(data / "test.csv", infer_schema_length=None)
     person = pl.read_csv(data / "test_demographics.csv")
-    times = []
-    for _, part in test.group_by("sequence_id", maintain_order=True):
-        own = person.filter(pl.col("subject") == part["subject"][0])
-        began = time.perf_counter()
-        predictor.predict(part, own)
-        times.append(time.perf_counter() - began)
-    first, rest = times[0], np.array(times[1:]) * 1e3
-    assert predictor.served is not None
-    what = f"predict, all members × 5 folds × 2 modes, {len(rest)} recordings"
+    asked, cfg, singles = test.partition_by("sequence_id"), cmi.Config(output_path=out), []
+    predictor = cmi.Predictor(cfg)
+    times = [seconds(predictor.predict, question, person) for question in asked]
+    for path in out.glob("*_models/bundle.json"):
+        content = json.loads(path.read_text())
+        member, labels = cmi.MEMBERS[content["member"]], np.array(content["labels"])
+        for mode, stem in ((m, s) for m in ("all", "imu") for s in content["modes"][m]):
+            model = member.load(path.parent / mode, [stem], labels, cfg)
+            singles.append((member, mode, model))
+
+    def plain(question: pl.DataFrame) -> None:
+        rec = cmi.canonical(cmi.to_recordings(question, person), np.zeros(1, bool))
+        table, frames = cmi.extract_features(rec)
+        for member, mode, model in singles:
+            x = table if member is cmi.MEMBERS["lgbm"] else frames
+            member.predict(model, x.of_mode(mode))
+
+    loop = [seconds(plain, question) for question in asked[:21]]
+    rows: list[Row] = [(f"first answer, with loading {len(singles)} models", times[0], None, "s")]
+    for q in (50, 95):
+        ours, theirs = (1e3 * float(np.percentile(t[1:], q)) for t in (times, loop))
+        what = f"predict, {len(singles)} models, {len(times) - 1} recordings, p{q}"
+        rows.append((f"{what}, against one model after the other", ours, theirs, "ms"))
+    return rows
+
+
+def blend(options: Options) -> list[Row]:
+    """Weights of six parts, and the replay of the assignment in one order."""
+    from scipy import optimize
+
+    rng, n = np.random.default_rng(0), options.recordings
+    table = np.array([(b, o, g) for b in (0, 1) for o in range(3) for g in range(17)])
+    label, subject = np.arange(n) % 102, np.char.mod("S%d", np.arange(n) // 102)
+    logit = rng.normal(0, 1, (6, n, 102)).astype(np.float32)
+    logit[:, np.arange(n), label] += 2
+    logs = logit - np.log(np.exp(logit).sum(axis=2, keepdims=True))
+    same = table[:, 2] == table[label, 2][:, None]
+
+    def loss(weights: np.ndarray) -> float:
+        power = np.exp(np.tensordot(weights, logs, 1))
+        return -float(np.log((power * same).sum(axis=1) / power.sum(axis=1)).mean())
+
+    fit = seconds(cmi.fit_weights, logs, same)
+    plain = seconds(lambda: optimize.minimize(loss, np.full(6, 1 / 6), method="L-BFGS-B"))
+    behavior, orientation, gesture = table[label].T
+    labels = cmi.Labels.of(gesture, orientation, behavior, np.zeros(n, np.uint8))
+    inputs = cmi.Inputs(changed(recordings([1] * n), subject=subject))
+    data = cmi.TrainingData(inputs, labels, np.arange(n) % 5, "", "", None)
+    replay = seconds(cmi.replay_assignment, np.exp(logs[0]), data, cmi.Config(), 1)
     return [
-        Row(f"{what}, p50", float(np.median(rest)), None, "ms"),
-        Row(f"{what}, p95", float(np.percentile(rest, 95)), None, "ms"),
-        Row(f"first call, loads {len(predictor.served.models)} models", first, None, "s"),
+        (f"weights of 6 parts × {n:,} recordings, against no gradient", fit, plain, "s"),
+        (f"assignment of {n:,} recordings, arriving in one order", replay, None, "s"),
     ]
 
 
-# ---- scores ------------------------------------------------------------------------------------
+def start(_: Options) -> list[Row]:
+    """Importing the file, beside what it needs anyway."""
+    run = functools.partial(subprocess.run, cwd=runs.ROOT, check=True)
+    names = ("cmi_pipeline", "numpy, polars")
+    calls = [functools.partial(run, [sys.executable, "-c", f"import {n}"]) for n in names]
+    what = "a process that imports the file, against numpy and polars alone"
+    return [(what, *medians(*calls, repeats=5), "ms")]
 
 
-def small_study(
-    part: str, seed: int, rounds: int, rate: float = 0.05, **changes: Any
-) -> tuple[cmi.Study, cmi.Config]:
-    """Simulated recordings as the pipeline sees them, and settings for short LightGBM training.
-
-    The parts share what is derived from the recordings; each has a folder of its own for models.
-    """
-    cfg = cmi.Config(
-        output_path=CACHE / f"{part}-{seed}", seed=seed, n_folds=4,
-        lgbm_rounds=rounds, lgbm_lr=rate, **changes,
-    )  # fmt: skip
-    data = measured.simulated_folder(*SIZE, seed)
-    out = CACHE / f"out-{data.name}"
-    out.mkdir(parents=True, exist_ok=True)
-    return cmi.make_study(cmi.dataclasses.replace(cfg, cmi_data_dir=data, output_path=out)), cfg
+PARTS: dict[str, Callable[[Options], list[Row]]] = {
+    part.__name__: part for part in (start, features, lgbm, torch, keras, serving, blend)
+}
 
 
-def answers(job: cmi.Job, table: cmi.Table, study: cmi.Study, cfg: cmi.Config) -> cmi.I64:
-    """Gestures by the model of one job. → (N)"""
-    model = cmi.load_lgbm(job.folder, [job.stem], study.labels.table, cfg)
-    proba = cmi.gesture_proba(cmi.predict_lgbm(model, table)[0], study.labels.table)
-    return proba.argmax(axis=1)
+def markdown(entries: dict[str, Any]) -> str:
+    """All figures, below what they were measured on."""
+    lines = sorted({entry["about"] for entry in entries.values()})
+    lines += ["", "| part | what | ours | plain | ratio |", "|---|---|---|---|---|"]
+    for name, entry in entries.items():
+        for what, ours, plain, unit in entry["rows"]:
+            other = f"{plain:,.3f} {unit} | {plain / ours:.2f} ×" if plain else " | "
+            lines.append(f"| {name} | {what} | {ours:,.3f} {unit} | {other} |")
+    return "\n".join(lines)
 
 
-def taught_and_asked(
-    study: cmi.Study, taught: cmi.Table, asked: cmi.Table, cfg: cmi.Config, mode: str = "imu"
-) -> float:
-    """Out-of-fold score of LightGBM that learns from one table and answers from another."""
-    answer = np.full(len(study.fold), -1, np.int64)
-    for job in study.jobs("lgbm", mode, cfg):
-        job.folder.mkdir(parents=True, exist_ok=True)
-        cmi.fit_lgbm(job, taught, study.labels, cfg)
-        answer[job.valid] = answers(job, asked.take(job.valid), study, cfg)
-    assert (answer >= 0).all()
-    return cmi.score(study.labels.gesture, answer)
-
-
-def plain_table(rec: cmi.Recordings) -> cmi.Table:
-    """108 statistics of acceleration and rotation: what a first notebook computes."""
-    sizes = [np.linalg.norm(x, axis=1) for x in (rec.acc, np.nan_to_num(rec.rot[:, 1:]))]
-    raw = np.nan_to_num(np.c_[rec.acc, rec.rot, sizes[0], sizes[1]])
-    rows = []
-    for a, b in zip(rec.start[:-1], rec.start[1:], strict=True):
-        x = raw[a:b]
-        d = np.abs(np.diff(x, axis=0)) if b - a > 1 else np.zeros((1, 9))
-        whole = (
-            x.mean(0),
-            x.std(0),
-            x.min(0),
-            x.max(0),
-            *np.quantile(x, (0.25, 0.5, 0.75), axis=0),
-        )
-        rows.append(np.concatenate([*whole, x[0], x[-1], x[-1] - x[0], d.mean(0), d.max(0)]))
-    x = np.array(rows, np.float32)
-    assert x.shape[1] == 108
-    names = tuple(f"s{i}" for i in range(108))
-    return cmi.Table(names, x, np.zeros(108, np.uint8), np.full(108, np.nan, np.float32))
-
-
-def baseline() -> list[Row]:
-    """LightGBM in IMU mode: 108 statistics against our table, same folds; and the K best of it."""
-    out: list[Row] = []
-    for seed in SEEDS[:2]:
-        study, cfg = small_study("baseline", seed, 400)
-        ours = study.inputs.table.of_mode("imu")
-        found = []
-        for table, best in (
-            (plain_table(study.inputs.rec), 0),
-            *((ours, k) for k in (0, 100, 300, 500)),
-        ):
-            began = time.perf_counter()
-            few = cmi.dataclasses.replace(cfg, lgbm_top_features=best)
-            found.append(
-                (best, taught_and_asked(study, table, table, few), time.perf_counter() - began)
-            )
-        (_, plain, plain_secs), *rest = found
-        for best, reached, secs in rest:
-            name = f"our best {best} features" if best else f"our {len(ours.names)} features"
-            what = f"imu, {name}, against 108 statistics, seed {seed}"
-            out += [
-                Row(f"score {what}", reached, plain, SCORE),
-                Row(f"training {what}", secs, plain_secs, "s"),
-            ]
-    return out
-
-
-def fresh_score(study: cmi.Study, cfg: cmi.Config) -> float:
-    """Train without a fold, stop on half of its subjects, score the other half; mean of two."""
-    table, scores = study.inputs.table.of_mode("imu"), []
-    for job in study.jobs("lgbm", "imu", cfg)[:2]:
-        names = np.unique(study.inputs.rec.subject[job.valid])
-        first = np.isin(study.inputs.rec.subject, names[: len(names) // 2])
-        watch, judge = job.valid[first[job.valid]], job.valid[~first[job.valid]]
-        inner = cmi.dataclasses.replace(job, valid=watch)
-        job.folder.mkdir(parents=True, exist_ok=True)
-        cmi.fit_lgbm(inner, table, study.labels, cfg)
-        answer = answers(job, table.take(judge), study, cfg)
-        scores.append(cmi.score(study.labels.gesture[judge], answer))
-    return float(np.mean(scores))
-
-
-def stopping() -> list[Row]:
-    """What early stopping should watch, scored on subjects that it never saw."""
-    watched: dict[str, dict[str, Any]] = {
-        "all rounds": {"lgbm_es_rounds": 0},
-        "log loss": {"lgbm_es_metric": "logloss"},
-        "the score": {"lgbm_es_metric": "score"},
-    }
-    reached = {
-        name: [fresh_score(*small_study("stopping", seed, 500, **changes)) for seed in SEEDS]
-        for name, changes in watched.items()
-    }
-    plain, out = reached.pop("all rounds"), []
-    for name, values in reached.items():
-        what = f"imu on unseen subjects, stopped on {name}, against all rounds"
-        seeds = f"{len(values)} seeds"
-        out.append(
-            Row(
-                f"score {what}, mean of {seeds}",
-                float(np.mean(values)),
-                float(np.mean(plain)),
-                SCORE,
-            )
-        )
-        out.append(Row(f"spread {what}, {seeds}", float(np.std(values)), float(np.std(plain))))
-    return out
-
-
-def rotation() -> list[Row]:
-    """LightGBM, IMU: recordings without rotation, by members as they are, by ones whose training
-    recordings lost theirs in part, and by ones that never saw any."""
-    reached = collections.defaultdict[tuple[str, str], list[float]](list)
-    shares = {"as they are": 0.0, "that lost 15 % in training": 0.15, "that never saw any": 1.0}
-    for seed in SEEDS[:2]:
-        study, cfg = small_study("rotation", seed, 300)
-        rec = study.inputs.rec
-        blind = cmi.dataclasses.replace(rec, rot=np.full_like(rec.rot, np.nan))
-        whole, without = (cmi.feature_table(r).of_mode("imu") for r in (rec, blind))
-        for name, share in shares.items():
-            lost = np.random.default_rng(seed).random(len(rec)) < share
-            mixed = cmi.dataclasses.replace(whole, x=np.where(lost[:, None], without.x, whole.x))
-            for asked, judged in (("without", without), ("with", whole)):
-                if share < 1 or asked == "without":
-                    reached[asked, name].append(taught_and_asked(study, mixed, judged, cfg))
-    return [
-        Row(f"score imu, asked {asked} rotation, members {name}, against as they are",
-            float(np.mean(values)), float(np.mean(reached[asked, "as they are"])), SCORE)
-        for (asked, name), values in reached.items() if name != "as they are"
-    ]  # fmt: skip
-
-
-def told(study: cmi.Study, cfg: cmi.Config) -> dict[str, float]:
-    """How well the detector tells the left-out subjects of each fold."""
-    rec, fold, names = study.inputs.rec, study.fold, np.unique(study.inputs.rec.subject)
-    odd, right = cmi.odd_features(rec), np.zeros(len(study.fold), bool)
-    evidence = np.zeros(len(names))  # of three recordings, that the device is the right way up
-    for k in range(cfg.n_folds):
-        coefficients = cmi.fit_wearer(odd[fold != k])["coefficients"]
-        right[fold == k] = odd[fold == k] @ coefficients > 0
-        for i in np.flatnonzero(np.isin(names, rec.subject[fold == k])):
-            evidence[i] = (odd[rec.subject == names[i]][:3] @ coefficients).sum()
-    prior = float(np.log(len(names) + 1))
-    recall, alarm = (evidence > prior).mean(), (evidence < -prior).mean()  # antisymmetric
-    return {
-        "recordings told right, alone": right.mean(),
-        "recall of turned subjects after three recordings": recall,
-        "upright subjects taken for turned by then": alarm,
-        "precision, if 2 of 81 are turned": 2 * recall / (2 * recall + 79 * alarm),
-    }
-
-
-def wearer() -> list[Row]:
-    """The detector of devices worn upside down, on subjects left out of its training, and what
-    turning them back gains in score (LightGBM, all sensors, on the wearers that were turned)."""
-    figures, scores = collections.defaultdict[str, list[float]](list), []
-    for seed in SEEDS:
-        study, cfg = small_study("wearer", seed, 150, rate=0.1)
-        for what, value in told(study, cfg).items():
-            figures[what].append(value)
-        rec = study.inputs.rec
-        turned = cmi.turned_back(rec, np.ones(len(rec), bool))  # everybody the wrong way round
-        whole, wrong = cmi.feature_table(rec), cmi.feature_table(turned)
-        scores.append([taught_and_asked(study, whole, x, cfg, "all") for x in (whole, wrong)])
-    right, unnoticed = np.mean(scores, axis=0).tolist()
-    rows = [Row(what, float(np.mean(values))) for what, values in figures.items()]
-    what = f"score all, device turned back, against upside down and not noticed, {len(SEEDS)} seeds"
-    return [*rows, Row(what, right, unnoticed, SCORE)]
-
-
-PARTS: dict[str, Part] = {part.__name__: part for part in (
-    start, search, boosting, baseline, stopping, rotation, wearer, serving,
-    benchmark_features.features,
-    benchmark_torch.torch_speed, benchmark_torch.torch_scores, benchmark_torch.torch_defaults,
-    benchmark_keras.keras_serving, benchmark_keras.keras_training, benchmark_keras.keras_defaults,
-    benchmark_machines.machines,
-)}  # fmt: skip
-QUICK = ("start", "search", "boosting", "serving", "features", "torch_speed", "keras_serving")
-
-
-def main() -> int:
-    """Run the parts that are asked for, then print all that benchmark.json holds."""
+def main() -> None:
+    """Run the parts that are asked for; keep each one's figures as soon as it has them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all if none is named")
-    parser.add_argument("--quick", action="store_true", help="also: " + ", ".join(QUICK))
-    asked = parser.parse_args()
-    chosen = {*asked.parts, *(QUICK if asked.quick else ())} or {*PARTS}
-    parts = {name: part for name, part in PARTS.items() if name in chosen}
-    return measured.report(parts, shown=PARTS)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[*PARTS])
+    parser.add_argument("--bundle", type=lambda text: Path(text).absolute())
+    parser.add_argument("--recordings", type=int, default=8151)
+    options = parser.parse_args()
+    CACHE.mkdir(parents=True, exist_ok=True)
+    versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    models = re.findall(r"model name\s*:\s*(.+)", info) or [platform.machine()]
+    about = f"{os.cpu_count()} × {models[0]}, {versions}, {time.strftime('%Y-%m-%d')}"
+    entries = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in options.parts:
+        load, rows = round(os.getloadavg()[0], 1), alone(PARTS[name], options)
+        entries[name] = {"about": about, "load": load, "rows": rows}
+        RESULTS.write_text(json.dumps(entries, indent=1) + "\n")
+    print(markdown(entries))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -19,7 +19,7 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
     The processes of pytest-xdist share it: the first to come makes it while the others wait.
     """
-    from test_road import good, run
+    from runs import good, run
 
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "road"
@@ -28,14 +28,23 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not printed.exists():
-            printed.write_text(good(run(folder / "out")))
+            printed.write_text(good(run(folder / "out", STRICT="1", PYTHONPATH="")))
     return folder / "out", printed.read_text()
 
 
+@pytest.fixture(scope="session")
+def plain(road: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an undisturbed run of LightGBM alone, for reading only."""
+    from runs import PLAIN, copied, run_here
+
+    out = tmp_path_factory.mktemp("plain") / "out"
+    copied(road[0], out, "torch_models", "keras_models", "report", "submission.parquet")
+    assert run_here(out, **PLAIN) is None
+    return out
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.option.markexpr:
-        return
     skip = pytest.mark.skip(reason="minutes long; run with: python -m pytest -m slow")
     for item in items:
-        if "slow" in item.keywords:
+        if "slow" in item.keywords and not config.option.markexpr:
             item.add_marker(skip)

@@ -1,4 +1,4 @@
-"""Recordings made of random walks, for tests: no pattern, every sensor, any lengths."""
+"""Recordings made of random walks, for tests: no pattern, every sensor, any lengths; and frames."""
 
 import dataclasses
 
@@ -71,3 +71,34 @@ def with_gaps(rec):
     tof[s[6] : s[7], 3] = 254  # nothing in range
     tof[s[7] : s[8], 4] = 255
     return changed(rec, rot=rot, thm=thm, tof=tof)
+
+
+GROUPS = (  # few channels for small networks, named as the real ones
+    ("acc", ("acc_x", "acc_y", "acc_z", "acc_mag")),
+    ("rot", ("up_x", "up_y", "up_z")),
+    ("motion", ("omega_x", "omega_y", "omega_z", "swing")),
+    ("thm", ("thm_1", "thm_2")),
+    *((f"tof_{i}", (f"tof_{i}_near", f"tof_{i}_sx")) for i in range(1, 6)),
+)
+
+
+def random_frames(lengths, spread=3.0, seed=0):
+    """Random numbers in 23 channels, and random ToF images."""
+    rng, start = np.random.default_rng(seed), np.r_[0, np.cumsum(lengths)].astype(np.int64)
+    x = rng.normal(0, spread, (start[-1], 23)).astype(np.float32)
+    tof = rng.integers(0, 256, (len(x), 5, 8, 8)).astype(np.uint8)
+    return cmi.Frames(start, x, GROUPS, tof)
+
+
+def frames_to_learn(n=36, seed=5):
+    """Frames whose gesture and behaviour show in the levels of some channels, and their labels."""
+    rng, kind, behavior = np.random.default_rng(seed), np.arange(n) % 4, np.arange(n) // 4 % 2
+    made = random_frames(rng.integers(6, 36, n), 0.4, seed)
+    whose = np.repeat(np.arange(n), np.diff(made.start))
+    made.x[:, [3, 13]] += 3 * np.stack([kind % 2, kind // 2], axis=1)[whose]
+    made.x[:, [10, 15]] += 3 * np.stack([kind // 2, kind % 2], axis=1)[whose]
+    made.x[:, 8] += 3 * behavior[whose]
+    made.x[whose % 9 == 4, 11:13] = np.nan
+    gesture = np.array([1, 6, 9, 16])[kind]  # two targets, two others
+    phase = (made.tof[:, 0, 0, 0] > 99).astype(np.uint8)
+    return made, cmi.Labels.of(gesture, behavior, behavior, phase)

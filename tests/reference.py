@@ -1,8 +1,7 @@
 """Every feature and channel once more: slow, obvious, one recording at a time, with scipy.
 
-The oracle of tests/test_features.py and the plain implementation that tests/benchmark_features.py
-compares with. Written from the definitions; it shares no code, table or name list with
-cmi_pipeline.py.
+The oracle of tests/test_features.py, and the plain loop that the benchmark of speed compares with.
+Written from the definitions; it shares no code, table or name list with cmi_pipeline.py.
 """
 
 import warnings
@@ -45,9 +44,9 @@ def repaired(rot):
     if len(found) == 1:
         out = np.tile(q[found[0]] / np.linalg.norm(q[found[0]]), (len(q), 1))
     else:
-        turns = Slerp(found, Rotation.from_quat(q[found][:, [1, 2, 3, 0]]))
+        turns = Slerp(found, Rotation.from_quat(q[found], scalar_first=True))
         times = np.clip(np.arange(len(q)), found[0], found[-1])
-        out = turns(times).as_quat()[:, [3, 0, 1, 2]]
+        out = turns(times).as_quat(scalar_first=True)
     out[out[:, 0] < 0] *= -1
     return out
 
@@ -71,7 +70,7 @@ def motion(acc, rot):
         m["swing"] = np.full(n, np.nan)
         m["lin"] = acc - G * m["up"]
     else:
-        turn = Rotation.from_quat(q[:, [1, 2, 3, 0]])
+        turn = Rotation.from_quat(q, scalar_first=True)
         matrix = turn.as_matrix()
         m["north"], m["west"], m["up"] = matrix[:, 0], matrix[:, 1], matrix[:, 2]
         m["lin"] = acc - turn.inv().apply([0, 0, G])
@@ -176,7 +175,7 @@ def mean(x):
 
 
 def statistics(name, x, moves):
-    """The statistics that every rich signal has; quantiles for motion only."""
+    """The statistics that every signal has; quantiles for motion only."""
     n, gesture, before = len(x), x[-LAST:], x[:-LAST]
     kept = x[~np.isnan(x)]
     constant = still(x)
@@ -202,42 +201,14 @@ def statistics(name, x, moves):
     return {f"{name}_{stat}": v for stat, v in out.items()}
 
 
-def circular(name, cosine, sine):
-    """Circular statistics of an angle given as its cosine and sine."""
-    out, middle = {}, {}
-    for part, rows in (
-        ("", slice(None)),
-        ("gesture_", slice(-LAST, None)),
-        ("before_", slice(0, -LAST)),
-    ):
-        angle = np.arctan2(sine[rows], cosine[rows])
-        c, s = mean(np.cos(angle)), mean(np.sin(angle))
-        out |= {f"{part}cos": c, f"{part}sin": s, f"{part}length": np.sqrt(c * c + s * s)}
-        middle[part] = stats.circmean(angle) if len(angle) else np.nan
-    turn = middle["gesture_"] - middle["before_"]
-    out["change"] = (turn + np.pi) % (2 * np.pi) - np.pi
-    return {f"{name}_{k}": v for k, v in out.items() if not k.startswith("before")}
-
-
-def rotations(m):
-    q = m["q"].copy()
-    for t in range(1, len(q)):
-        if q[t] @ q[t - 1] < 0:
-            q[t] *= -1
-    if q[:, 0].sum() < 0:
-        q = -q
+def compass(m):
+    """Where the world's axes point, seen from the device."""
     out = {}
-    for k, a in enumerate("wxyz"):
-        out |= {f"rot_{a}_mean": q[:, k].mean(), f"rot_{a}_sd": sd(q[:, k])}
-        out[f"rot_{a}_gesture_mean"] = q[-LAST:, k].mean()
-    level = np.hypot(m["up"][:, 1], m["up"][:, 2])
-    out |= circular("roll", m["up"][:, 2], m["up"][:, 1])
-    out |= circular("pitch", level, -m["up"][:, 0])
-    if np.isnan(m["north"]).any():
-        nothing = circular("heading", np.ones(3), np.ones(3))
-        return out | dict.fromkeys(nothing, np.nan)
-    angles = Rotation.from_quat(m["q"][:, [1, 2, 3, 0]]).as_euler("ZYX")
-    return out | circular("heading", np.cos(angles[:, 0]), np.sin(angles[:, 0]))
+    for name in ("north", "west"):
+        for k, a in enumerate("xyz"):
+            out[f"{name}_{a}_before_mean"] = mean(m[name][:-LAST, k])
+            out[f"{name}_{a}_gesture_mean"] = mean(m[name][-LAST:, k])
+    return out
 
 
 def spectrum(x, rows):
@@ -293,33 +264,12 @@ def correlations(s):
     pairs += [(f"lin_{a}", f"omega_{a}") for a in ("x", "y", "z", "mag")]
     out = {f"corr_{a}_{b}": pearson(s[a], s[b]) for a, b in pairs}
     out |= {f"gesture_corr_{a}_{b}": pearson(s[a][-LAST:], s[b][-LAST:]) for a, b in pairs}
-    for k in SENSORS:
-        cross = [(f"thm_{k}", f"tof_{k}_near"), (f"tof_{k}_dist", "lin_mag")]
-        cross += [(f"tof_{k}_near", "up_z"), (f"thm_{k}", "lin_mag")]
-        out |= {f"corr_{a}_{b}": pearson(s[a], s[b]) for a, b in cross}
     return out
 
 
-def rhythm(s):
-    """Peaks and autocorrelation."""
+def echoes(s):
+    """Autocorrelation in the gesture."""
     out = {}
-    for name in ("lin_mag", "omega_mag", "world_up", "jerk_mag"):
-        x, n = s[name], len(s[name])
-        if np.isnan(x).all():
-            stat = dict.fromkeys(
-                ("peaks", "gesture_peaks", "peak_height", "peak_gap", "peak_gap_sd"), np.nan
-            )
-        else:
-            at, _ = sps.find_peaks(x, height=mean(x), plateau_size=(1, 1))
-            gap = np.diff(at)
-            stat = {
-                "peaks": len(at) / n,
-                "gesture_peaks": (at >= n - LAST).sum() / min(n, LAST),
-                "peak_height": (x[at] - mean(x)).mean() if len(at) else np.nan,
-                "peak_gap": gap.mean() if len(gap) else np.nan,
-                "peak_gap_sd": gap.std() if len(gap) else np.nan,
-            }
-        out |= {f"{name}_{k}": v for k, v in stat.items()}
     for name in ("lin", "omega", "world_up", "lin_mag"):
         axes = [f"{name}_{a}" for a in "xyz"] if name in ("lin", "omega") else [name]
         r = np.zeros(13)
@@ -336,8 +286,8 @@ def rhythm(s):
     return out
 
 
-def sizes(s):
-    """Histograms of steps, energies, principal axes, windows, last poses."""
+def histograms(s):
+    """Shares of steps in bins."""
     out = {}
     wide, turn = (-4, -1, -0.25, 0.25, 1, 4), (-2, -0.5, -0.1, 0.1, 0.5, 2)
     for name, edges in (("acc_x", wide), ("acc_y", wide), ("acc_z", wide), ("omega_mag", turn)):
@@ -346,32 +296,6 @@ def sizes(s):
         share, _ = np.histogram(d, [-np.inf, *edges, np.inf])
         share = share / len(d) if len(d) else np.full(7, np.nan)
         out |= {f"{name}_step_bin{k + 1}": share[k] for k in range(7)}
-    for name in ("lin", "omega", "jerk"):
-        square = s[f"{name}_mag"] ** 2
-        a, b = (np.log10(mean(part) + 1e-6) for part in (square[:-LAST], square[-LAST:]))
-        out |= {
-            f"{name}_energy_before": a,
-            f"{name}_energy_gesture": b,
-            f"{name}_energy_rise": b - a,
-        }
-    for name in ("lin", "omega"):
-        x = np.stack([s[f"{name}_{a}"][-LAST:] for a in "xyz"])
-        x = x[:, ~np.isnan(x).any(axis=0)]
-        if all(still(row) for row in x):
-            size = np.full(3, np.nan)
-        else:
-            size = np.linalg.svd(x - x.mean(axis=1, keepdims=True), compute_uv=False) ** 2
-            size = np.pad(size, (0, 3 - len(size)))
-        share = size / size.sum()
-        out |= {f"{name}_{k}": v for k, v in zip(("major", "middle", "minor"), share, strict=True)}
-        square = s[f"{name}_mag"] ** 2
-        filled = np.where(np.isnan(square), np.nan if np.isnan(square).all() else 0, square)
-        for w in (4, 8, 16, 32):
-            some = [filled[t : t + w].mean() ** 0.5 for t in range(len(filled) - w + 1)] or [np.nan]
-            out |= {f"{name}_rms{w}_max": max(some), f"{name}_rms{w}_min": min(some)}
-            out[f"{name}_rms{w}_last"] = some[-1]
-    for a in "xyz":
-        out |= {f"up_{a}_last{w}": mean(s[f"up_{a}"][-w:]) for w in (8, 16)}
     return out
 
 
@@ -380,9 +304,7 @@ def nearby(s):
     out = {}
     t = np.arange(len(s["thm_1"]))
     warm = np.stack([s[f"thm_{k}"] for k in SENSORS])[:, -LAST:]
-    close = np.stack([s[f"tof_{k}_dist"] for k in SENSORS])[:, -LAST:]
     warmest = [np.nanargmax(row) + 1 for row in warm.T if np.isfinite(row).any()]
-    closest = [np.nanargmin(row) + 1 for row in close.T if np.isfinite(row).any()]
     for k in SENSORS:
         x = s[f"thm_{k}"]
         g = np.isfinite(x[-LAST:])
@@ -390,7 +312,6 @@ def nearby(s):
         slope = np.polyfit(t[-LAST:][g], x[-LAST:][g], 1)[0] if ok else np.nan
         out |= {f"thm_{k}_rise": mean(x[-LAST:]) - mean(x[:3]), f"thm_{k}_slope": slope}
         out[f"thm_{k}_hottest"] = warmest.count(k) / len(warmest) if warmest else np.nan
-        out[f"tof_{k}_nearest"] = closest.count(k) / len(closest) if closest else np.nan
         for name in s:
             if name.startswith(f"tof_{k}") and name not in (f"tof_{k}_near", f"tof_{k}_dist"):
                 a, b = mean(s[name][-LAST:]), mean(s[name][:-LAST])
@@ -415,9 +336,6 @@ def about(rec, i, s):
     return out
 
 
-RICH_TOF = ("near", "dist")
-
-
 def features(rec, i):
     """All features of recording i: name → value."""
     with warnings.catch_warnings(), np.errstate(all="ignore"):
@@ -425,18 +343,11 @@ def features(rec, i):
         s, m = signals(rec, i)
         out = {}
         for name, x in s.items():
-            if name.startswith("tof") and name.split("_", 2)[2] not in RICH_TOF:
+            if name.startswith("tof") and name[6:] not in ("near", "dist"):
                 continue
             out |= statistics(name, x, moves=not name.startswith(("thm", "tof")))
-        parts = (
-            rotations(m),
-            spectra(s),
-            correlations(s),
-            rhythm(s),
-            sizes(s),
-            nearby(s),
-            about(rec, i, s),
-        )
+        parts = [part(s) for part in (spectra, correlations, echoes, histograms, nearby)]
+        parts += [compass(m), about(rec, i, s)]
         for part in parts:
             assert not out.keys() & part.keys()
             out |= part
@@ -455,33 +366,15 @@ def channels(rec, i):
     out = {
         n: s[n] for n in s if n.startswith(("acc", "lin", "omega", "world_up", "world_flat", "thm"))
     }
-    out["swing"] = m["swing"]
-    for name in ("up", "north", "west", "jerk"):
-        gone = blind and name != "jerk"
-        out |= {
-            f"{name}_{a}": np.nan * m[name][:, k] if gone else m[name][:, k].copy()
-            for k, a in enumerate("xyz")
-        }
-    out["jerk_mag"] = s["jerk_mag"].copy()
-    for name in (
-        "jerk_x",
-        "jerk_y",
-        "jerk_z",
-        "jerk_mag",
-        *(() if blind else ("omega_x", "omega_y", "omega_z", "omega_mag")),
-    ):
-        out[name] = np.where(np.arange(len(out[name])) == 0, 0.0, out[name])
-    nothing = {
-        "near": 0,
-        "dist": 250,
-        "min": 250,
-        "sd": 0,
-        "cx": 0,
-        "cy": 0,
-        "sx": 0,
-        "sy": 0,
-        "flow": 0,
-    }
+    out |= {"swing": m["swing"], "jerk_mag": s["jerk_mag"]}
+    for k, a in enumerate("xyz"):
+        out[f"jerk_{a}"] = m["jerk"][:, k]
+        out |= {f"{n}_{a}": m[n][:, k] + (np.nan if blind else 0) for n in ("up", "north", "west")}
+    for name in out:
+        if name.startswith("jerk") or (name.startswith("omega") and not blind):
+            out[name] = np.r_[0.0, out[name][1:]]  # nothing came before the first row
+    nothing = dict.fromkeys(("near", "sd", "cx", "cy", "sx", "sy", "flow"), 0)
+    nothing |= {"dist": 250, "min": 250}
     for k in SENSORS:
         gone = np.isnan(s[f"tof_{k}_near"])
         for name, value in nothing.items():

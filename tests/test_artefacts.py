@@ -1,16 +1,12 @@
-"""Files are absent, as before, or complete; digests see every byte; a folder has one holder."""
+"""Files are absent, as before, or complete; digests see every byte; leftovers go."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import cmi_pipeline as cmi
-
-ROOT = Path(cmi.__file__).parent
 
 
 def test_a_file_that_is_being_read_stays_whole_while_it_is_replaced(tmp_path: Path) -> None:
@@ -42,49 +38,41 @@ def test_a_write_that_fails_leaves_the_former_file_and_no_other(
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_arrays_come_back_and_a_damaged_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.npz"
+    arrays = {"x": np.arange(6.0).reshape(2, 3), "names": np.array(["a", "bc"])}
+    cmi.write_arrays(path, arrays, {"of": [1, "two"]})
+    again, note = cmi.read_arrays(path)
+    assert note == {"of": [1, "two"]}
+    assert all((again[name] == arrays[name]).all() for name in arrays)
+    whole = path.read_bytes()
+    objects = tmp_path / "objects.npz"
+    np.savez(objects, note=np.array([print], dtype=object))  # a pickle
+    for content in (whole[: len(whole) // 2], b"", b"PK\3\4 nonsense", objects.read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(cmi.DataError, match=r"a\.npz is damaged"):
+            cmi.read_arrays(path)
+
+
 def test_a_digest_changes_with_every_byte_type_and_shape() -> None:
     x = np.arange(6, dtype=np.int32)
     others = [x[::-1], x.reshape(2, 3), x.astype(np.uint32), x.astype(np.float32), x[:5]]
-    marks = [cmi.digest(a) for a in (x, *others)]
-    assert len(set(marks)) == len(marks)
-    assert cmi.digest(x[::-1][::-1]) == marks[0], "the same array, another view"
+    digests = [cmi.digest(a) for a in (x, *others)]
+    assert len(set(digests)) == len(digests)
+    assert cmi.digest(x[::-1][::-1]) == digests[0], "the same array, another view"
     assert cmi.digest({"a": 1, "b": [2, None]}) == cmi.digest({"b": [2, None], "a": 1})
     assert cmi.digest(b"ab", b"c") != cmi.digest(b"ab", b"d")
-    assert len(marks[0]) == 16
 
 
-def test_a_folder_has_one_holder_and_is_free_again_when_it_dies(tmp_path: Path) -> None:
-    """The other holder is another process, ended without a chance to clean up."""
-    hold = (
-        "import cmi_pipeline as cmi, pathlib, sys\n"
-        "with cmi.only_run(pathlib.Path(sys.argv[1])):\n"
-        "    print('held', flush=True)\n"
-        "    sys.stdin.read()\n"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", hold, str(tmp_path)], cwd=ROOT, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    ) as other:  # fmt: skip
-        assert other.stdout
-        assert other.stdout.readline() == "held\n"
-        with (
-            pytest.raises(cmi.ConfigError, match="Another run is writing"),
-            cmi.only_run(tmp_path),
-        ):
-            pass
-        other.kill()
-    with cmi.only_run(tmp_path):
-        assert (tmp_path / ".lock").exists()
-
-
-def test_only_leftovers_are_removed(tmp_path: Path) -> None:
-    kept = [tmp_path / "a.part", tmp_path / ".b.c.part", tmp_path / "d.12.part", tmp_path / "e"]
+def test_only_leftovers_of_our_own_are_removed(tmp_path: Path) -> None:
+    kept = [tmp_path / name for name in ("a.part", ".hidden", ".b.c.part", "d.12.part", "e")]
     gone = [tmp_path / ".model.pt.123.part", tmp_path / "deep" / ".fold00.9.part.keras"]
-    folder = tmp_path / ".simulated-0.77.part"
-    folder.mkdir()
-    (tmp_path / "deep").mkdir()
-    for path in (*kept, *gone, folder / "train.csv"):
+    folder, target = tmp_path / ".simulated-0.77.part", tmp_path / "target"
+    for path in (*kept, *gone, folder / "train.csv", target / "kept"):
+        path.parent.mkdir(exist_ok=True)
         path.write_text("x")
+    link = tmp_path / ".link.7.part"
+    link.symlink_to(target)
     with cmi.only_run(tmp_path):
-        assert all(p.exists() for p in kept)
-        assert not any(p.exists() for p in (*gone, folder))
+        assert all(path.exists() for path in (*kept, target / "kept"))
+        assert not any(path.exists() for path in (*gone, folder, link))

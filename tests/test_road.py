@@ -1,5 +1,6 @@
-"""The whole road in real processes on small simulated data: train, reuse, refuse, serve."""
+"""The whole road on small simulated data: train, reuse, serve; the full run is conftest's."""
 
+import dataclasses
 import json
 import os
 import re
@@ -7,441 +8,213 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+import runs
+from runs import QUICK, ROOT, SCRIPT, SMALL, check_submission, data_of, plan_of, run_here
+from test_blend import slow_pool
+from test_score import plain_score
 
 import cmi_pipeline as cmi
 
-ROOT = Path(cmi.__file__).parent
-SMALL = {
-    "SIM_SUBJECTS": "5",
-    "SIM_TEST_SUBJECTS": "1",
-    "SIM_RECORDINGS": "16",
-    "N_FOLDS": "2",
-    "LGBM_ROUNDS": "30",
-    "LGBM_LR": "0.1",
-    "TORCH_MAX_EPOCHS": "2",
-    "KERAS_MAX_EPOCHS": "2",
-    "STRICT": "1",
-}
-QUICK = {"USE_TORCH": "0", "USE_KERAS": "0"}
+PARTS = {(member, mode) for member in ("lgbm", "torch", "keras") for mode in ("all", "imu")}
+STEMS = ["fold00", "fold01"]
+REAL = os.environ.get("CMI_REAL_DATA", "")
+real = pytest.mark.skipif(not REAL, reason="CMI_REAL_DATA names no folder of real recordings")
+Printed = pytest.CaptureFixture[str]
+Road = tuple[Path, str]
 
 
-def clean_environment() -> dict[str, str]:
-    """The environment without any setting of the pipeline."""
-    names = {f.name.upper() for f in cmi.dataclasses.fields(cmi.Config)} | {"MODEL_PATH"}
-    return {k: v for k, v in os.environ.items() if k not in names}
-
-
-def run(out: Path, **settings: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "cmi_pipeline.py")], cwd=out.parent, text=True, timeout=500,
-        capture_output=True, env={**clean_environment(), **SMALL, "OUTPUT_PATH": str(out), **settings},
-    )  # fmt: skip
-
-
-def good(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-def plan_of(stdout: str) -> dict[tuple[str, str], tuple[str, str]]:
-    """(member, mode) → (action, why)"""
-    lines = re.findall(r"plan +member=(\w+) +mode=(\w+) +action=(\w+) .*?why=(.*?)  path=", stdout)
-    return {(member, mode): (action, why) for member, mode, action, why in lines}
-
-
-def check_submission(out: Path, test_csv: Path) -> None:
-    answer = pl.read_parquet(out / "submission.parquet")
-    asked = pl.read_csv(test_csv, columns=["sequence_id"])["sequence_id"].unique().to_list()
-    assert answer.columns == ["sequence_id", "gesture"]
-    assert sorted(answer["sequence_id"]) == sorted(asked)
-    assert set(answer["gesture"]) <= set(cmi.GESTURES)
-
-
-@pytest.fixture
-def copy(road: tuple[Path, str], tmp_path: Path) -> Path:
-    """A copy of the full run's folder, to be damaged."""
-    shutil.copytree(road[0], tmp_path / "out")
-    return tmp_path / "out"
-
-
-def test_one_command_reaches_the_submission(road: tuple[Path, str]) -> None:
+def test_one_command_reaches_the_submission(road: Road) -> None:
     out, printed = road
-    (data,) = out.glob("simulated-*")
-    check_submission(out, data / "test.csv")
-    assert "CMI_DATA_DIR is not set" in printed
-    plan = plan_of(printed)
-    both = {(member, mode) for member in cmi.MEMBERS for mode in ("all", "imu")}
-    assert set(plan) == both | {("lgbm", "norot")}
-    assert {action for action, _ in plan.values()} == {"train"}
-    for name in (
-        *cmi.MEMBERS,
-        r"blend \(optimistic\)",
-        r"blend \(nested\)",
-        r"blend \+ assignment",
-    ):
-        assert re.search(rf"result +what={name} +all=0\.\d+ +imu=0\.\d+ +mixed=0\.\d+", printed)
+    check_submission(out, data_of(out))
+    plan = dict.fromkeys(PARTS | {("lgbm", "norot")}, ("train", "none yet"))
+    assert plan_of(printed) == plan
+    truth = pl.read_csv(data_of(out) / "test_truth.csv").select("sequence_id", truth="gesture")
+    both = pl.read_parquet(out / "submission.parquet", glob=False).join(truth, on="sequence_id")
+    codes = [np.array([cmi.GESTURES.index(g) for g in both[c]]) for c in ("truth", "gesture")]
+    assert f"score={plain_score(*codes):.4g}\n" in printed, "the submission's own score"
 
 
-def test_out_of_fold_files_are_full_and_beat_chance(road: tuple[Path, str]) -> None:
+def test_files_lie_where_the_design_says_and_are_whole(road: Road) -> None:
     out, _ = road
-    truth = np.load(out / "oof" / "y_true.npy")
-    folds = pl.read_csv(out / "folds.csv")
+    truth, folds = np.load(out / "oof" / "y_true.npy"), pl.read_csv(out / "folds.csv")
     assert len(truth) == len(folds) == 80
-    for member in cmi.MEMBERS:
-        for mode in ("all", "imu"):
-            proba = np.load(out / "oof" / f"oof_{member}_{mode}_proba.npy")
-            assert proba.shape == (80, 18)
-            np.testing.assert_allclose(proba.sum(axis=1), 1, atol=1e-4)
-            assert (proba >= 0).all()
-    lgbm = np.load(out / "oof" / "oof_lgbm_all_proba.npy")
-    assert (lgbm.argmax(axis=1) == truth).mean() > 3 / 18
-
-
-def test_artefacts_lie_where_the_design_says(road: tuple[Path, str]) -> None:
-    out, _ = road
-    for member in cmi.MEMBERS:
+    assert len(folds.select("subject", "fold").unique()) == 5
+    rows = json.loads((out / "oof" / "scores.json").read_text())["rows"]
+    scores = {(row["name"], row["mode"]): row["score"] for row in rows if row["kind"] == "member"}
+    for member, mode in PARTS:
+        proba = np.load(out / "oof" / f"oof_{member}_{mode}_proba.npy")
+        assert proba.shape == (80, 18)
+        np.testing.assert_allclose(proba.sum(axis=1), 1, atol=1e-4)
+        assert scores[member, mode] == pytest.approx(plain_score(truth, proba.argmax(axis=1)))
         bundle = json.loads((out / f"{member}_models" / "bundle.json").read_text())
-        modes = {"all", "imu", "norot"} if member == "lgbm" else {"all", "imu"}
-        assert bundle["modes"] == {mode: ["fold00", "fold01"] for mode in modes}
-        assert len(bundle["labels"]) > 50
-        for mode in ("all", "imu"):
-            assert (out / f"{member}_models" / mode / "fold01.json").is_file()
-    assert (out / "feature_importance.csv").is_file()
+        assert bundle["modes"][mode] == STEMS
+    assert scores["lgbm", "all"] > 0.4  # by chance: 0.3
     weights = json.loads((out / "ensemble" / "weights.json").read_text())
-    for mode in ("all", "imu"):
-        assert sum(weights["modes"][mode]["weights"]) == pytest.approx(1)
-    assert not list(out.rglob("*.part"))
+    assert set(weights["modes"]) == set(weights["assignment"]) == {"all", "imu", "norot"}
+    assert set(weights["capacity"]) == {1}, "the competition's protocol"
+    assert all((out / x).is_file() for x in ("feature_importance.csv", "report/index.html"))
+    assert not [*out.rglob("*.part*")]
 
 
-def test_the_second_run_reuses_everything(road: tuple[Path, str], copy: Path) -> None:
-    printed = good(run(copy))
-    assert set(plan_of(printed).values()) == {("reuse", "everything matches")}
-    assert "fit  " not in printed
+def test_the_second_run_reuses_models_and_reads_their_out_of_fold_rows(
+    road: Road, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Printed
+) -> None:
+    """One array was changed: its models alone are asked again, a fold at a time."""
+    loaded: list[tuple[str, int]] = []
+
+    def watched(member: cmi.Member) -> cmi.Member:
+        def load(folder: Path, stems: list[str], *rest: Any) -> Any:
+            loaded.append((f"{folder.parent.name}/{folder.name}", len(stems)))
+            return member.load(folder, stems, *rest)
+
+        return dataclasses.replace(member, load=load, fit=None)  # type: ignore[arg-type]
+
+    for name, member in cmi.MEMBERS.items():
+        monkeypatch.setitem(cmi.MEMBERS, name, watched(member))
+    out = runs.copied(road[0], tmp_path / "out")
+    path = out / "oof" / "oof_torch_imu_composite.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    (out / "submission.parquet").unlink()
+    assert run_here(out) is None
+    assert set(plan_of(capsys.readouterr().out).values()) == {("reuse", "everything matches")}
+    assert [part for part, n in loaded if n == 1] == ["torch_models/imu"] * 2
+    assert len(loaded) == 2 + 7, "the rest was loaded once, to be served"
     for path in sorted((road[0] / "oof").glob("*.npy")):
-        np.testing.assert_allclose(np.load(copy / "oof" / path.name), np.load(path), atol=1e-6)
+        np.testing.assert_allclose(np.load(out / "oof" / path.name), np.load(path), atol=1e-6)
+    check_submission(out, data_of(out))
 
 
-def planned(out: Path, **settings: str) -> dict[tuple[str, str], tuple[str, str]]:
-    return plan_of(good(run(out, PLAN_ONLY="1", **settings)))
-
-
-def test_a_setting_that_does_not_matter_retrains_nothing(copy: Path) -> None:
-    plan = planned(
-        copy, LOG_EVERY_STEPS="7", ENSEMBLE_TRIALS="10", SUBJECT_ASSIGNMENT="0", TORCH_AMP="0"
-    )
-    assert {action for action, _ in plan.values()} == {"reuse"}
-
-
-def test_a_setting_that_matters_is_named_and_retrains_its_member_only(copy: Path) -> None:
-    plan = planned(copy, LGBM_LEAVES="5")
-    assert plan["lgbm", "all"] == ("train", "LGBM_LEAVES 20 → 5")
-    assert {action for (member, _), (action, _) in plan.items() if member != "lgbm"} == {"reuse"}
-
-
-def test_switches_force_and_skip(copy: Path) -> None:
-    plan = planned(copy, FORCE_TRAIN_LGBM="1", USE_TORCH="0")
-    assert plan["lgbm", "imu"] == ("train", "FORCE_TRAIN_LGBM=1")
-    assert plan["torch", "all"] == ("skip", "USE_TORCH=0")
-    assert plan["keras", "all"][0] == "reuse"
-
-
-def test_one_changed_byte_is_noticed(copy: Path) -> None:
-    path = copy / "lgbm_models" / "all" / "fold01.txt"
-    raw = bytearray(path.read_bytes())
-    raw[-20] ^= 1
-    path.write_bytes(raw)
-    plan = planned(copy)
-    assert plan["lgbm", "all"] == ("resume", "fold01.txt is absent or was changed after training")
-    assert plan["lgbm", "imu"][0] == "reuse"
-
-
-def test_a_lost_fold_is_trained_again_alone(road: tuple[Path, str], copy: Path) -> None:
-    """And equals the same fold of the full run, to the last byte."""
-    for path in (copy / "lgbm_models" / "imu").glob("fold00*"):
-        path.unlink()
-    printed = good(run(copy, **QUICK))
-    assert printed.count("fit  ") == 1
-    assert "fit          job=lgbm/imu/fold00" in printed
-    name = Path("lgbm_models", "imu", "fold00.txt")
-    assert (copy / name).read_bytes() == (road[0] / name).read_bytes()
-
-
-def test_other_data_retrain_and_say_so(copy: Path, tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    shutil.copytree(next(copy.glob("simulated-*")), data)
-    lines = (data / "train.csv").read_text().splitlines()
-    (data / "train.csv").write_text("\n".join(lines[:-1]) + "\n")
-    plan = planned(copy, CMI_DATA_DIR=str(data))
-    assert {action for action, _ in plan.values()} == {"train"}
-    assert all("data differ" in why for _, why in plan.values())
-
-
-def test_a_bundle_from_elsewhere_is_reused_in_place(road: tuple[Path, str], tmp_path: Path) -> None:
-    data = next(road[0].glob("simulated-*"))
-    bundle = road[0] / "lgbm_models"
+def test_a_bundle_from_elsewhere_is_reused_in_place(
+    road: Road, tmp_path: Path, capsys: Printed
+) -> None:
+    out, bundle = tmp_path / "new", road[0] / "lgbm_models"
+    settings = {**QUICK, "CMI_DATA_DIR": str(data_of(road[0]))}
     for named in (bundle, bundle / "bundle.json"):
-        out = tmp_path / named.name / "new"
-        out.parent.mkdir()
-        printed = good(run(out, CMI_DATA_DIR=str(data), MODEL_PATH=str(named), **QUICK))
-        assert plan_of(printed)["lgbm", "all"] == ("reuse", "everything matches")
-        check_submission(out, data / "test.csv")
-        assert not (out / "lgbm_models").exists()
+        assert run_here(out, MODEL_PATH=str(named), PLAN_ONLY="1", **settings) is None
+        assert plan_of(capsys.readouterr().out)["lgbm", "all"] == ("reuse", "everything matches")
+    assert run_here(out, MODEL_PATH=str(bundle), SERVE_ONLY="1", **settings) is None
+    check_submission(out, data_of(road[0]))
+    assert not (out / "lgbm_models").exists()
+    line = run_here(out, MODEL_PATH="/no", **settings) or ""
+    assert re.fullmatch("cmi_pipeline: .*looked for /no/bundle.json.*", line)
 
 
-def test_a_bundle_path_that_does_not_exist_says_what_was_looked_for(copy: Path) -> None:
-    done = run(copy, MODEL_PATH=str(copy / "nowhere"))
-    assert done.returncode != 0
-    assert f"looked for {copy / 'nowhere' / 'bundle.json'}" in done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.fixture(scope="module")
+def served(
+    road: Road, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[cmi.Predictor, dict[str, Any]]:
+    """It answers from the full run's models, where they lie; every part of a blend has weight, each
+    another. And weights.json."""
+    content = json.loads((road[0] / "ensemble" / "weights.json").read_text())
+    for blend in content["modes"].values():
+        n = len(blend["parts"])
+        blend["weights"] = [1.0] if n == 1 else (np.linspace(0.9, 0.3, n) / n).tolist()
+    out = tmp_path_factory.mktemp("weighed")
+    (out / "ensemble").mkdir()
+    (out / "ensemble" / "weights.json").write_text(json.dumps(content))
+    bundles: dict[str, Any] = {f"{m}_bundle_path": road[0] / f"{m}_models" for m, _ in PARTS}
+    return cmi.Predictor(cmi.Config(output_path=out, strict=True, **bundles)), content
 
 
-def test_two_runs_on_one_folder(copy: Path) -> None:
-    with cmi.only_run(copy):
-        done = run(copy, PLAN_ONLY="1")
-    assert done.returncode != 0
-    assert f"Another run is writing to {copy}" in done.stderr
-    assert planned(copy)  # the lock is gone with its holder
+def all_at_once(out: Path, rec: cmi.Recordings, mode: str, weights: dict[str, Any]) -> np.ndarray:
+    """Gesture probabilities of all recordings from the models' files, fold by fold. → (N, 18)"""
+    table, frames = cmi.extract_features(cmi.canonical(rec, np.zeros(len(rec), bool)))
+    labels, blend, folds = np.array(weights["labels"]), weights["modes"][mode], []
+    for name, of in (part.split("/") for part in blend["parts"]):
+        x = (table if name == "lgbm" else frames).of_mode("all" if of == "norot" else of)
+        member, folder = cmi.MEMBERS[name], out / f"{name}_models" / of
+        models = [member.load(folder, [stem], labels, cmi.Config()) for stem in STEMS]
+        folds.append([member.predict(model, x)[0] for model in models])
+    proba = slow_pool(np.mean(folds, axis=1, dtype=np.float64), blend["weights"])
+    return np.stack([proba[:, labels[:, 2] == g].sum(axis=1) for g in range(18)], axis=1)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"N_FOLDS": "9"}, "5 subjects cannot fill 9 folds; set N_FOLDS=5."),
-        ({"N_FOLDS": "three"}, "N_FOLDS='three' cannot be read as int (default 5)."),
-        ({"CMI_DATA_DIR": "/nowhere"}, "CMI_DATA_DIR=/nowhere: looked for test.csv in it"),
-        ({"ENSEMBLE_WEIGHTS": "lgbm:-1"}, "must not be negative"),
-        ({"USE_LGBM": "0", "USE_TORCH": "0", "USE_KERAS": "0"}, "No member takes part"),
-    ],
-)
-def test_the_users_mistakes_are_one_clear_line(
-    copy: Path, settings: dict[str, str], message: str
+@pytest.mark.parametrize("mode", ["all", "imu", "norot"])
+def test_served_alone_is_what_all_models_say_at_once(
+    road: Road, served: tuple[cmi.Predictor, dict[str, Any]], mode: str
 ) -> None:
-    done = run(copy, **settings)
-    assert done.returncode != 0
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    """Every member and fold takes part with its weight; without rotation models that saw none."""
+    asked = runs.questions(data_of(road[0]))
+    blind = [pl.lit(None, pl.Float64).alias(f"rot_{a}") for a in "wxyz" if mode == "norot"]
+    frames = [frame.with_columns(blind) for frame, _ in asked]
+    if not blind:
+        sees = [frame["tof_1_v0"].null_count() < len(frame) for frame in frames]
+        frames = [f for f, tof in zip(frames, sees, strict=True) if tof == (mode == "all")]
+    assert len(frames) > 3
+    person = asked[0][1]  # of the only test subject
+    alone = [list(served[0].predict_proba(frame, person).values()) for frame in frames]
+    expected = all_at_once(road[0], cmi.to_recordings(pl.concat(frames), person), mode, served[1])
+    np.testing.assert_allclose(alone, expected, atol=1e-5)
+    np.testing.assert_allclose(np.sum(alone, axis=1), 1, atol=1e-6)
 
 
-def frames_of_test(out: Path) -> list[tuple[pl.DataFrame, pl.DataFrame]]:
-    data = next(out.glob("simulated-*"))
-    test = pl.read_csv(data / "test.csv", infer_schema_length=None)
-    person = pl.read_csv(data / "test_demographics.csv")
-    return [(part, person) for _, part in test.group_by("sequence_id", maintain_order=True)]
-
-
-def test_served_alone_is_what_is_answered_at_once(road: tuple[Path, str]) -> None:
-    """Every member and fold takes part with its weight: recomputed here from the models' files."""
-    cfg = cmi.Config(output_path=road[0], strict=True, upside_down=False)
-    served = cmi.load_served(cfg)
-    frames = [f for f in frames_of_test(road[0]) if f[0]["thm_1"].null_count() < len(f[0])]
-    raw = cmi.to_recordings(pl.concat([f for f, _ in frames]), frames[0][1])
-    inputs = cmi.Inputs(cmi.canonical(raw, np.zeros(len(raw), bool)))
-    blend, opinion = served.blends["all"], {}
-    for part in blend.parts:
-        name, mode = part.split("/")
-        member = cmi.MEMBERS[name]
-        models = [
-            member.load(road[0] / f"{name}_models" / mode, [stem], served.table, cfg)
-            for stem in ("fold00", "fold01")
-        ]
-        opinion[part] = np.mean(
-            [member.predict(m, member.prepare(inputs, mode))[0] for m in models], axis=0
-        )
-    at_once = blend.mix(opinion, served.table)
-    predictor = cmi.Predictor(cfg)
-    predictor.served = served
-    alone = [predictor.composite(cmi.to_recordings(f, p))[0] for f, p in frames]
-    np.testing.assert_allclose(alone, at_once, atol=2e-5)
-
-
-def test_a_recording_without_rotation_is_answered_by_models_that_never_saw_any(
-    road: tuple[Path, str],
-) -> None:
-    cfg = cmi.Config(output_path=road[0], strict=True)
-    predictor = cmi.Predictor(cfg)
-    predictor.served = served = cmi.load_served(cfg)
-    whole, person = frames_of_test(road[0])[0]
-    blind = whole.with_columns(pl.lit(None, pl.Float64).alias(f"rot_{a}") for a in "wxyz")
-    table = cmi.feature_table(cmi.to_recordings(blind, person))
-    folder = road[0] / "lgbm_models" / "norot"
-    model = cmi.load_lgbm(folder, ["fold00", "fold01"], served.table, cfg)
-    expected = cmi.predict_lgbm(model, table).mean(axis=0)
-    answer = predictor.composite(cmi.to_recordings(blind, person))
-    np.testing.assert_allclose(answer, expected, atol=1e-5)
-    one_row = whole.with_row_index().with_columns(
-        pl.when(pl.col("index") == 3).then(f"rot_{a}").alias(f"rot_{a}") for a in "wxyz"
-    )
-    assert cmi.route_of(cmi.to_recordings(one_row, person), cmi.ROUTES) in cmi.MODES
-    assert cmi.route_of(cmi.to_recordings(blind, person), cmi.MODES) in cmi.MODES
-
-
-def test_imu_recordings_are_answered_by_imu_models(road: tuple[Path, str]) -> None:
-    cfg = cmi.Config(output_path=road[0], strict=True)
-    predictor = cmi.Predictor(cfg)
-    predictor.served = cmi.load_served(cfg)
-    blank, person = next(
-        f for f in frames_of_test(road[0]) if f[0]["tof_1_v0"].null_count() == len(f[0])
-    )
-    parts = [p for p in predictor.served.models if p.endswith("/all")]
-    for part in parts:
-        predictor.served.models.pop(part)
-    assert predictor.predict(blank, person) in cmi.GESTURES
-
-
-def test_predict_answers_whatever_it_is_given(
-    road: tuple[Path, str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    frame, person = frames_of_test(road[0])[0]
-    lenient, strict = (
-        cmi.Predictor(cmi.Config(output_path=road[0], strict=s)) for s in (False, True)
-    )
-    broken = {
-        "no rows": frame.clear(),
-        "two recordings": pl.concat([frame, frame.with_columns(sequence_id=pl.lit("SEQ_X"))]),
-        "no id": frame.drop("sequence_id"),
-    }
-    for i, bad in enumerate(broken.values()):
-        assert lenient.predict(bad, person) in cmi.GESTURES
-        assert lenient.fallbacks.total() == i + 1
-        with pytest.raises((ValueError, LookupError, pl.exceptions.PolarsError)):
-            strict.predict(bad, person)
-    assert "fallback" in capsys.readouterr().out
-    odd = {
-        "one row": frame.head(1),
-        "text": frame.with_columns(pl.col(c).cast(pl.String) for c in frame.columns[4:]),
-        "all null": frame.with_columns(pl.lit(None).alias(c) for c in frame.columns[4:]),
-        "fewer columns": frame.drop("tof_1_v0", "rot_w"),
-        "huge": frame.with_columns(acc_x=pl.lit(1e30)),
-        "long": pl.concat([frame] * 60),
-        "nobody": frame.with_columns(subject=pl.lit("SUBJ_unknown")),
-    }
-    for name, bad in odd.items():
-        answer = strict.predict(bad, person)
-        assert type(answer) is str, name
-        assert answer in cmi.GESTURES, name
-
-
-def test_a_retry_is_answered_from_memory(road: tuple[Path, str]) -> None:
-    frame, person = frames_of_test(road[0])[0]
-    predictor = cmi.Predictor(cmi.Config(output_path=road[0], strict=True, upside_down=False))
-    first = predictor.predict(frame, person)
-    assert predictor.served is not None
-    predictor.served.models.clear()
-    assert predictor.predict(frame, person) == first
-
-
-def test_a_member_that_fails_is_left_out_and_counted(
-    road: tuple[Path, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    frame, person = frames_of_test(road[0])[0]
-    predictor = cmi.Predictor(cmi.Config(output_path=road[0]))
-
-    def fail(*_: object) -> None:
-        raise ValueError("planted")
-
-    broken = cmi.dataclasses.replace(cmi.MEMBERS["torch"], predict=fail)
-    monkeypatch.setitem(cmi.MEMBERS, "torch", broken)
-    for blend in (predictor.load().blends["all"], predictor.load().blends["imu"]):
-        assert blend.parts
-    assert predictor.predict(frame, person) in cmi.GESTURES
-    assert all("planted" in cause for cause in predictor.fallbacks)
-
-
-@pytest.mark.skipif(not os.environ.get("CMI_REAL_DATA"), reason="CMI_REAL_DATA is not set")
-def test_the_real_rows_take_the_whole_road(tmp_path: Path) -> None:
+@real
+@pytest.mark.parametrize("keras", ["0", pytest.param("1", marks=pytest.mark.slow)])
+def test_the_real_rows_take_the_whole_road(tmp_path: Path, keras: str) -> None:
     """15 recordings of 14 subjects: most classes are missing from most folds."""
-    real = Path(os.environ["CMI_REAL_DATA"])
-    good(run(tmp_path / "out", CMI_DATA_DIR=str(real), N_FOLDS="5"))
-    check_submission(tmp_path / "out", real / "test.csv")
+    runs.good(runs.run(tmp_path / "out", CMI_DATA_DIR=REAL, N_FOLDS="5", USE_KERAS=keras))
+    check_submission(tmp_path / "out", Path(REAL))
 
 
-@pytest.mark.skipif(not os.environ.get("CMI_REAL_DATA"), reason="CMI_REAL_DATA is not set")
-def test_a_simulated_bundle_serves_the_real_test_file(copy: Path, tmp_path: Path) -> None:
-    real, data = Path(os.environ["CMI_REAL_DATA"]), tmp_path / "test_only"
-    data.mkdir()
+@real
+def test_a_simulated_bundle_serves_the_real_test_file(
+    road: Road, tmp_path: Path, capsys: Printed
+) -> None:
+    (data := tmp_path / "test_only").mkdir()
     for name in ("test.csv", "test_demographics.csv"):
-        shutil.copy(real / name, data / name)
-    printed = good(run(copy, CMI_DATA_DIR=str(data)))
+        shutil.copy(Path(REAL, name), data / name)
+    out = runs.copied(road[0], tmp_path / "out")
+    assert run_here(out, CMI_DATA_DIR=str(data)) is None
+    printed = capsys.readouterr().out
     assert "action=serve" in printed
-    check_submission(copy, data / "test.csv")
+    assert "fallbacks=0" in printed
+    check_submission(out, data)
 
 
-def dry_run(script: Path, data: Path, **settings: str) -> subprocess.CompletedProcess[str]:
-    """The script as Kaggle's hidden re-run would start it, questioned by a gateway in another process."""
-    command = [sys.executable, "-m", "kaggle_evaluation.dry_run", "--test-dir", str(data)]
-    return subprocess.run(
-        [*command, "--truth", str(data / "test_truth.csv"), str(script)], cwd=ROOT, text=True,
-        capture_output=True, timeout=500, env={**clean_environment(), **SMALL, **settings},
-    )  # fmt: skip
-
-
-def test_the_hidden_rerun_is_served_by_the_bundles(road: tuple[Path, str]) -> None:
-    done = dry_run(
-        ROOT / "cmi_pipeline.py", next(road[0].glob("simulated-*")), OUTPUT_PATH=str(road[0])
+def python(folder: Path, *command: str, **settings: str) -> str:
+    """What a process prints."""
+    how: Any = {"cwd": folder, "env": {**runs.clean_environment(), **settings}, "timeout": 500}
+    return runs.good(
+        subprocess.run([sys.executable, *command], text=True, capture_output=True, **how)
     )
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_rerun_without_a_bundle_trains_lightgbm_in_the_first_call(
-    road: tuple[Path, str], tmp_path: Path
-) -> None:
-    data = next(road[0].glob("simulated-*"))
-    out = tmp_path / "fresh"
-    done = dry_run(ROOT / "cmi_pipeline.py", data, OUTPUT_PATH=str(out), CMI_DATA_DIR=str(data))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert (out / "lgbm_models" / "bundle.json").is_file()
-    assert not (out / "torch_models").exists()
+@pytest.mark.parametrize("bundles", [True, False])
+def test_the_hidden_rerun_is_served(road: Road, tmp_path: Path, bundles: bool) -> None:
+    """As Kaggle starts it, asked by a gateway in another process; without any bundle LightGBM is
+    trained in the first call."""
+    data, fresh = data_of(road[0]), tmp_path / "fresh"
+    settings = {"OUTPUT_PATH": str(fresh), "CMI_DATA_DIR": str(data)}
+    if bundles:
+        settings = {"OUTPUT_PATH": str(road[0]), "USE_KERAS": "0"}
+    command = ["-m", "kaggle_evaluation.dry_run", "--test-dir", str(data)]
+    command += ["--truth", str(data / "test_truth.csv"), str(SCRIPT)]
+    python(ROOT, *command, **SMALL, **settings)
+    assert (fresh / "lgbm_models" / "bundle.json").is_file() != bundles
+    assert not (fresh / "torch_models").exists()
 
 
-@pytest.mark.parametrize(
-    "below",
-    [
-        "competitions/cmi-detect-behavior-with-sensor-data",
-        pytest.param("cmi-detect-behavior-with-sensor-data", marks=pytest.mark.slow),
-    ],
-)
-def test_on_kaggle_the_file_alone_finds_everything(
-    road: tuple[Path, str], tmp_path: Path, below: str
-) -> None:
-    """Data and kaggle_evaluation are attached; last week's bundle too; nothing else is there."""
-    folder = tmp_path / "input" / below
-    shutil.copytree(next(road[0].glob("simulated-*")), folder)
+def test_on_kaggle_the_file_alone_finds_everything(road: Road, tmp_path: Path) -> None:
+    """Data and kaggle_evaluation are attached, and last week's output; nothing else is there."""
+    inputs, working = tmp_path / "input", tmp_path / "working"
+    folder = inputs / "competitions" / "cmi-detect-behavior-with-sensor-data"
+    shutil.copytree(data_of(road[0]), folder)
     shutil.copytree(ROOT / "kaggle_evaluation", folder / "kaggle_evaluation")
-    bundle = tmp_path / "input" / "last-week"
     for name in ("lgbm_models", "ensemble"):
-        shutil.copytree(road[0] / name, bundle / name)
-    (tmp_path / "working").mkdir()
-    shutil.copy(ROOT / "cmi_pipeline.py", tmp_path / "working")
+        shutil.copytree(road[0] / name, inputs / "last-week" / name)
+    working.mkdir()
+    shutil.copy(SCRIPT, working)
     script = (
         "from pathlib import Path; import cmi_pipeline as cmi\n"
-        f"cmi.KAGGLE_INPUT, cmi.KAGGLE_WORKING = Path({str(tmp_path / 'input')!r}), Path({str(tmp_path / 'working')!r})\n"
-        f"cmi.main({SMALL | QUICK!r})\n"
+        f"cmi.KAGGLE_INPUT, cmi.KAGGLE_WORKING = Path({str(inputs)!r}), Path({str(working)!r})\n"
+        f"cmi.main({SMALL | runs.PLAIN | {'STRICT': '0'}!r})\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path / "working", env=clean_environment(),
-        capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
-    printed = good(done)
+    hidden = {"PYTHONPATH": str(ROOT / "tests" / "without_matplotlib")}
+    printed = python(working, "-c", script, **hidden)
     assert plan_of(printed)["lgbm", "all"] == ("reuse", "everything matches")
-    check_submission(tmp_path / "working", folder / "test.csv")
-
-
-@pytest.mark.slow  # test_machines and test_faults compare one worker with two every time
-@pytest.mark.parametrize("backend", ["loky", "threading"])
-def test_two_workers_train_the_same_models(
-    road: tuple[Path, str], tmp_path: Path, backend: str
-) -> None:
-    data = next(road[0].glob("simulated-*"))
-    out = tmp_path / "out"
-    good(run(out, CMI_DATA_DIR=str(data), CMI_WORKERS="2", CMI_BACKEND=backend, **QUICK))
-    for mode in ("all", "imu"):
-        for name in ("fold00.txt", "fold01.txt", "fold01_orientation.txt"):
-            path = Path("lgbm_models", mode, name)
-            trees = [
-                (folder / path).read_text().split("\nparameters:")[0] for folder in (out, road[0])
-            ]
-            assert trees[0] == trees[1], path
+    check_submission(working, folder)

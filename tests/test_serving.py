@@ -1,323 +1,224 @@
 """predict with models that answer by rule: routes, memory, wearers, fallbacks and threads."""
 
-import threading
+import dataclasses
+import functools
+import hashlib
+import json
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
-from made import alone, changed, recordings
+from made import changed, recordings
 
 import cmi_pipeline as cmi
 
-TABLE = np.array([(0, 0, g) for g in (0, 5, 9, 14)])
-MAJORITY = 16
+TABLE = [[0, 0, g] for g in (0, 5, 9, 14)]
+GESTURES = [cmi.GESTURES[g] for _, _, g in TABLE]
+FOLDS = ["fold00", "fold01"]
 Rule = Callable[[cmi.Recordings], list[float]]
-
-
-def frame_of(rec: cmi.Recordings, subject: str = "SUBJ_1", name: str = "") -> pl.DataFrame:
-    """One recording as the gateway hands it over."""
-    pixels = rec.tof.reshape(-1, 320).astype(np.float64)
-    pixels = np.where(pixels == 255, np.nan, np.where(pixels == 254, -1, pixels))
-    values = np.concatenate([rec.acc, rec.rot, rec.thm, pixels], axis=1)
-    columns = {c: values[:, i] for i, c in enumerate(cmi.SENSORS)}
-    names = {"sequence_id": name or str(rec.sequence_id[0]), "subject": subject}
-    lit = [pl.lit(text).alias(column) for column, text in names.items()]
-    return pl.DataFrame(columns).fill_nan(None).with_columns(lit)
-
-
-def person_of(left: bool = False) -> pl.DataFrame:
-    row = {"adult_child": 1, "age": 30, "sex": 0, "handedness": int(not left), "height_cm": 170.0}
-    arm = {"shoulder_to_wrist_cm": 52, "elbow_to_wrist_cm": 25.0}
-    return pl.DataFrame({"subject": ["SUBJ_1"], **{k: [v] for k, v in (row | arm).items()}})
-
-
-@pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., cmi.Predictor]:
-    """A predictor whose models of each mode answer by a rule of what reaches them; two folds."""
-
-    def make(rules: dict[str, Rule], wearer: Any = None, **settings: Any) -> cmi.Predictor:
-        def prepare(inputs: cmi.Inputs, _: str) -> cmi.Recordings:
-            return inputs.rec
-
-        def predict(rule: Rule, rec: cmi.Recordings) -> cmi.F32:
-            first = np.array(rule(rec), np.float32)[None]
-            return np.stack([first, np.full_like(first, 0.25)])
-
-        member = cmi.Member(("numpy",), (), prepare, None, None, predict, 1.0)  # type: ignore[arg-type]
-        monkeypatch.setattr(cmi, "MEMBERS", {"lgbm": member})
-        parts = {f"lgbm/{mode}": rule for mode, rule in rules.items()}
-        blends = {m: cmi.Blend((f"lgbm/{m}",), (1.0,), "probability", (None,)) for m in rules}
-        predictor = cmi.Predictor(cmi.Config(**{"strict": True, **settings}))
-        predictor.served = cmi.Served(parts, blends, TABLE, MAJORITY, wearer)
-        return predictor
-
-    return make
-
-
-def always(label: int) -> Rule:
-    return lambda _: [0.7 if i == label else 0.1 for i in range(len(TABLE))]
-
-
-ROUTES = {"all": always(0), "imu": always(1), "norot": always(2)}
-ANSWER = {mode: cmi.GESTURES[TABLE[i, 2]] for i, mode in enumerate(ROUTES)}
-
-
-@pytest.fixture(scope="module")
-def rec() -> cmi.Recordings:
-    return recordings([40, 30, 50, 20], seed=4)
-
-
-def lost(rec: cmi.Recordings, share: float, code: int) -> cmi.Recordings:
-    """The first rows' ToF replaced by a code."""
-    tof = rec.tof.copy()
-    tof[: round(share * len(tof))] = code
-    return changed(rec, tof=tof)
-
-
-def test_a_recording_goes_to_the_models_that_know_its_sensors(
-    serve: Callable[..., cmi.Predictor], rec: cmi.Recordings
-) -> None:
-    predictor = serve(ROUTES, subject_assignment=False)
-    one, gap = alone(rec, 0), alone(rec, 0).rot.copy()
-    gap[:39] = np.nan
-    cases = [
-        (one, "all"),
-        (lost(one, 0.4, 255), "all"),
-        (lost(one, 0.6, 255), "imu"),
-        (lost(one, 1.0, 254), "all"),  # it sees that nothing is there
-        (changed(one, rot=gap), "all"),  # one row tells of the rest
-        (changed(one, rot=gap * np.nan), "norot"),
-        (lost(changed(one, rot=gap * np.nan), 1.0, 255), "norot"),
-    ]
-    for case, mode in cases:
-        assert predictor.predict(frame_of(case), person_of()) == ANSWER[mode]
-    two = serve({m: ROUTES[m] for m in cmi.MODES}, subject_assignment=False)
-    blind = frame_of(changed(one, rot=gap * np.nan))
-    assert two.predict(blind, person_of()) == ANSWER["all"]
-
-
-def test_answers_of_all_folds_are_averaged(
-    serve: Callable[..., cmi.Predictor], rec: cmi.Recordings
-) -> None:
-    predictor = serve({"all": lambda _: [1.0, 0.0, 0.0, 0.0]})
-    raw = cmi.to_recordings(frame_of(alone(rec, 0)), person_of())
-    expected = [[(1 + 0.25) / 2, 0.125, 0.125, 0.125]]
-    np.testing.assert_allclose(predictor.composite(raw), expected, atol=1e-6)
-
-
-def test_left_handers_reach_the_models_mirrored(
-    serve: Callable[..., cmi.Predictor], rec: cmi.Recordings
-) -> None:
-    reached = []
-
-    def look(seen: cmi.Recordings) -> list[float]:
-        reached.append(seen)
-        return always(0)(seen)
-
-    predictor = serve({"all": look})
-    for left in (False, True):
-        predictor.predict(frame_of(alone(rec, 0)), person_of(left))
-    right, mirrored = reached
-    np.testing.assert_array_equal(mirrored.acc, right.acc * [-1, 1, 1])
-    np.testing.assert_array_equal(right.acc, alone(rec, 0).acc)
-
-
-def test_memory_is_of_content_and_never_grows_beyond_its_size(
-    serve: Callable[..., cmi.Predictor], rec: cmi.Recordings
-) -> None:
-    asked = []
-
-    def count(seen: cmi.Recordings) -> list[float]:
-        asked.append(len(seen.acc))
-        return always(len(seen.acc) % 4)(seen)
-
-    predictor = serve({"all": count}, subject_assignment=False, frame_cache_max_items=2)
-    parts = [frame_of(alone(rec, i), name="SEQ_SAME") for i in range(4)]
-    answers = [predictor.predict(parts[i], person_of()) for i in (0, 1, 0, 2, 0, 3, 1)]
-    lengths = [40, 30, 40, 50, 40, 20, 30]
-    assert answers == [cmi.GESTURES[TABLE[n % 4, 2]] for n in lengths]
-    assert asked == [40, 30, 50, 20, 30], "0 was asked again and stays, 1 is the oldest and goes"
-    assert len(predictor.answers) == 2
-
-
-def test_each_wearer_gets_each_label_once(
-    serve: Callable[..., cmi.Predictor], rec: cmi.Recordings
-) -> None:
-    predictor = serve({"all": lambda _: [0.4, 0.3, 0.2, 0.1]})
-    first, second = (frame_of(alone(rec, i)) for i in (0, 1))
-    best, next_best = cmi.GESTURES[0], cmi.GESTURES[5]
-    assert predictor.predict(first, person_of()) == best
-    assert predictor.predict(second, person_of()) in (best, next_best)
-    assert predictor.predict(first, person_of()) in (best, next_best)
-    stranger = frame_of(alone(rec, 1), subject="SUBJ_2")
-    assert predictor.predict(stranger, person_of()) == best, "another wearer starts anew"
-    names = {"SUBJ_1": 2, "SUBJ_2": 1}
-    assert {s: len(a.rows) for s, a in predictor.assignments.items()} == names
-    plain = serve({"all": lambda _: [0.4, 0.3, 0.2, 0.1]}, subject_assignment=False)
-    assert [plain.predict(f, person_of()) for f in (first, second)] == [best, best]
-
-
-def test_evidence_of_a_turned_device_adds_up_over_its_wearers_recordings(
-    serve: Callable[..., cmi.Predictor],
-) -> None:
-    """Weak evidence: one recording is not enough, two are; each counts once; wearers are apart."""
-    odd = cmi.odd_features(recordings([40], seed=4))
-    coefficients = [0.0] * cmi.N_ODD
-    coefficients[0] = -1.0 / float(odd[0, 0])  # every recording says -1
-    wearer = {"prior": 1.5, "coefficients": coefficients}
-    reached = []
-
-    def look(seen: cmi.Recordings) -> list[float]:
-        reached.append(seen.acc[0, 1])
-        return always(0)(seen)
-
-    predictor = serve({"all": look}, wearer, frame_cache_max_items=0)
-    one = recordings([40], seed=4)
-    asks = [("SEQ_1", "SUBJ_1"), ("SEQ_1", "SUBJ_1"), ("SEQ_9", "SUBJ_2"), ("SEQ_2", "SUBJ_1")]
-    for name, subject in asks:
-        predictor.predict(frame_of(one, subject, name), person_of())
-    upright = one.acc[0, 1]
-    np.testing.assert_array_equal(reached, [upright, upright, upright, -upright])
-    off = serve({"all": look}, wearer, upside_down=False)
-    for name in ("SEQ_1", "SEQ_2"):
-        off.predict(frame_of(one, "SUBJ_1", name), person_of())
-    assert reached[4] == upright
-
-
-def failing(_: cmi.Recordings) -> list[float]:
-    raise ValueError("planted")
-
-
-def test_a_failure_is_counted_and_answered_and_in_strict_mode_raised(
-    serve: Callable[..., cmi.Predictor], rec: cmi.Recordings, capsys: pytest.CaptureFixture[str]
-) -> None:
-    frame = frame_of(alone(rec, 0))
-    lenient = serve({"all": failing}, strict=False)
-    for n in (1, 2):
-        assert lenient.predict(frame, person_of()) == cmi.GESTURES[MAJORITY]
-        counts = lenient.fallbacks
-        assert counts["ValueError: planted"] == counts["lgbm/all: ValueError: planted"] == n
-    printed = capsys.readouterr()
-    assert "answer=majority" in printed.out
-    assert "planted" in printed.err, "with its traceback"
-    with pytest.raises(ValueError, match="planted"):
-        serve({"all": failing}).predict(frame, person_of())
-
-
-def test_in_strict_mode_a_part_that_fails_is_not_left_out(
-    serve: Callable[..., cmi.Predictor], rec: cmi.Recordings
-) -> None:
-    frame = frame_of(alone(rec, 0))
-    for strict in (False, True):
-        predictor = serve({"all": failing, "imu": always(1)}, strict=strict)
-        assert predictor.served
-        both = cmi.Blend(("lgbm/all", "lgbm/imu"), (0.5, 0.5), "probability", (None, None))
-        predictor.served.blends["all"] = both
-        if strict:
-            with pytest.raises(ValueError, match="planted"):
-                predictor.predict(frame, person_of())
-        else:
-            assert predictor.predict(frame, person_of()) == ANSWER["imu"]
-            assert predictor.fallbacks.total() == 1
-
-
-def test_questions_at_once_are_answered_one_after_the_other(
-    serve: Callable[..., cmi.Predictor], rec: cmi.Recordings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    inside, most, read = [], [], cmi.to_recordings
-
-    def slow(*frames: pl.DataFrame) -> cmi.Recordings:
-        inside.append(1)
-        most.append(len(inside))
-        time.sleep(0.05)
-        inside.pop()
-        return read(*frames)
-
-    monkeypatch.setattr(cmi, "to_recordings", slow)
-    predictor = serve({"all": always(0)})
-    frames = [frame_of(alone(rec, i)) for i in range(4)]
-    asks = [
-        threading.Thread(target=predictor.predict, args=(frame, person_of())) for frame in frames
-    ]
-    for ask in asks:
-        ask.start()
-    for ask in asks:
-        ask.join()
-    assert most == [1] * 4
-    assert predictor.calls == 4
-
-
-def test_who_is_left_answers_though_without_weight(
-    serve: Callable[..., cmi.Predictor], rec: cmi.Recordings
-) -> None:
-    predictor = serve({"all": always(2)})
-    assert predictor.served
-    parts = ("torch/all", "lgbm/all")  # only the second is loaded
-    predictor.served.blends["all"] = cmi.Blend(parts, (1.0, 0.0), "probability", (None, None))
-    assert predictor.predict(frame_of(alone(rec, 0)), person_of()) == ANSWER["norot"]
-    assert not predictor.fallbacks
+Serve = Callable[..., cmi.Predictor]
+Printed = pytest.CaptureFixture[str]
+Patch = pytest.MonkeyPatch
+REC = recordings([40, 30, 50, 20], seed=4)
+RIGHT = pl.DataFrame({"subject": ["SUBJ_1"], "handedness": [1], "age": [30]})
+PLAIN = {"subject_assignment": "0", "frame_cache_max_items": 0}
 
 
 class ForeignError(Exception):
     """As TensorFlow's and LightGBM's own, which derive from nothing narrower."""
 
 
-def raising(_: cmi.Recordings) -> list[float]:
+def failing(*_: object) -> Any:
     raise ForeignError("planted")
 
 
-def test_an_error_of_a_packages_own_kind_costs_that_part_alone(
-    serve: Callable[..., cmi.Predictor], rec: cmi.Recordings
+def always(label: int) -> Rule:
+    return lambda _: [0.7 if i == label else 0.1 for i in range(4)]
+
+
+ROUTES = {"lgbm/all": always(0), "lgbm/imu": always(1), "lgbm/norot": always(2)}
+
+
+def write_bundles(out: Path, parts: list[list[str]]) -> None:
+    """Models of two folds each, as a run leaves them."""
+    digest = hashlib.blake2b(b"model", digest_size=8).hexdigest()
+    for name, mode in parts:
+        folder = out / f"{name}_models" / mode
+        folder.mkdir(parents=True, exist_ok=True)
+        for stem in FOLDS:
+            (folder / f"{stem}.txt").write_text("model")
+            (folder / f"{stem}.json").write_text(json.dumps({"files": {".txt": digest}}))
+        modes = {other: FOLDS for member, other in parts if member == name}
+        bundle = json.dumps({"modes": modes, "labels": TABLE})
+        folder.with_name("bundle.json").write_text(bundle)
+
+
+def weights_of(weights: dict[str, float], **content: Any) -> dict[str, Any]:
+    """What weights.json holds; weights in the mode all by "member/mode"."""
+    modes = {"all": {"parts": [*weights], "weights": [*weights.values()]}}
+    whole = {"modes": modes, "labels": TABLE, "capacity": [1] * 4, "majority": 16}
+    return whole | {"assignment": {"all": True}, "digests": {}, "wearer": None} | content
+
+
+@pytest.fixture
+def serve(monkeypatch: Patch, tmp_path: Path) -> Serve:
+    """Of each part the first fold answers by its rule ("member/mode" → rule), the second .25 each."""
+
+    def make(rules: dict[str, Rule], weights: Any = None, **settings: Any) -> cmi.Predictor:
+        def load(folder: Path, stems: Sequence[str], *_: object) -> Rule:
+            assert stems == FOLDS
+            return rules[f"{folder.parent.name.removesuffix('_models')}/{folder.name}"]
+
+        def predict(rule: Rule, rec: cmi.Recordings) -> np.ndarray:
+            return np.array([rule(rec), [0.25] * 4], np.float32)[:, None]
+
+        member = cmi.Member(("numpy",), (".txt",), lambda x, _: x.rec, failing, load, predict, 1.0)
+        monkeypatch.setattr(cmi, "MEMBERS", dict.fromkeys(("lgbm", "torch"), member))
+        write_bundles(tmp_path, [part.split("/") for part in rules])
+        shutil.rmtree(tmp_path / "ensemble", ignore_errors=True)
+        if weights:
+            (tmp_path / "ensemble").mkdir()
+            (tmp_path / "ensemble" / "weights.json").write_text(json.dumps(weights))
+        return cmi.Predictor(cmi.Config(**{"strict": True, "output_path": tmp_path, **settings}))
+
+    return make
+
+
+def frame_of(i: int = 0, subject: str = "SUBJ_1", name: str = "", rec: Any = REC) -> pl.DataFrame:
+    """One recording as the gateway hands it over."""
+    one = rec.part(i, i + 1)
+    pixels = one.tof.reshape(-1, 320).astype(np.float64)
+    pixels = np.where(pixels == 255, np.nan, np.where(pixels == 254, -1, pixels))
+    values = np.concatenate([one.acc, one.rot, one.thm, pixels], axis=1)
+    names = {"sequence_id": pl.lit(name or one.sequence_id[0]), "subject": pl.lit(subject)}
+    return pl.DataFrame(values, schema=list(cmi.SENSORS)).with_columns(**names)
+
+
+def ask(predictor: cmi.Predictor, i: int = 0, hand: int = 1, **about: Any) -> str:
+    return predictor.predict(frame_of(i, **about), RIGHT.with_columns(handedness=pl.lit(hand)))
+
+
+def test_a_recording_goes_to_the_models_that_know_its_sensors(serve: Serve) -> None:
+    one_row, blind = REC.rot.copy(), changed(REC, rot=REC.rot * np.nan)
+    one_row[:39] = np.nan
+
+    def lost(rec: cmi.Recordings, n: int, code: int = 255) -> cmi.Recordings:
+        gone = np.arange(len(rec.acc)).reshape(-1, 1, 1, 1) < n
+        return changed(rec, tof=np.where(gone, code, rec.tof).astype(np.uint8))
+
+    predictor = serve(ROUTES, **PLAIN)
+    cases = [(REC, 0), (lost(REC, 16), 0), (lost(REC, 24), 1), (blind, 2), (lost(blind, 40), 2)]
+    cases += [(lost(REC, 40, 254), 0)]  # it sees that nothing is there
+    cases += [(changed(REC, rot=one_row), 0)]  # one row tells of the rest
+    assert [ask(predictor, rec=rec) for rec, _ in cases] == [GESTURES[k] for _, k in cases]
+    two = serve({part: ROUTES[part] for part in ("lgbm/all", "lgbm/imu")}, **PLAIN)
+    assert ask(two, rec=blind) == GESTURES[0]
+
+
+def test_retries_are_answered_from_a_memory_of_content_that_stays_small(serve: Serve) -> None:
+    asked: list[int] = []
+    rules = {"lgbm/all": lambda x: asked.append(len(x.acc)) or always(len(x.acc) % 4)(x)}
+    predictor = serve(rules, subject_assignment="0", frame_cache_max_items=2)
+    answers = [ask(predictor, i, name="SEQ_SAME") for i in (0, 1, 0, 2, 0, 3, 1)]
+    assert answers == [GESTURES[n % 4] for n in (40, 30, 40, 50, 40, 20, 30)]
+    assert asked == [40, 30, 50, 20, 30], "0 was asked again and stays, 1 is the oldest and goes"
+
+
+@pytest.mark.parametrize(
+    ("setting", "by_data", "capacity", "labels"),
+    [("auto", True, 1, [0, 1, 0]), ("auto", True, 2, [0, 0, 0]), ("auto", False, 1, [0, 0, 0]),
+     ("0", True, 1, [0, 0, 0]), ("1", False, 1, [0, 1, 0])],
+)  # fmt: skip
+def test_each_wearer_gets_each_label_as_often_as_it_may_be(
+    serve: Serve, setting: str, by_data: bool, capacity: int, labels: list[int]
 ) -> None:
-    predictor = serve({"all": raising, "imu": always(1)}, strict=False)
-    assert predictor.served
-    both = cmi.Blend(("lgbm/all", "lgbm/imu"), (0.5, 0.5), "probability", (None, None))
-    predictor.served.blends["all"] = both
-    assert predictor.predict(frame_of(alone(rec, 0)), person_of()) == ANSWER["imu"]
-    assert predictor.fallbacks == {"lgbm/all: ForeignError: planted": 1}
+    """Two recordings of one wearer (the first asked again at the end) and one of another."""
+    first, second = [0.9, 0.08, 0.01, 0.01], [0.6, 0.38, 0.01, 0.01]
+    content = {"assignment": {"all": by_data}, "capacity": [capacity] * 4}
+    rules = {"lgbm/all": lambda seen: first if len(seen.acc) == 40 else second}
+    weights = weights_of({"lgbm/all": 1.0}, **content)
+    predictor = serve(rules, weights, subject_assignment=setting)
+    assert [ask(predictor, i) for i in (0, 1, 0)] == [GESTURES[k] for k in labels]
+    assert ask(predictor, 1, subject="SUBJ_2") == GESTURES[0]
 
 
-def test_models_that_cannot_be_had_are_asked_for_once(
-    serve: Callable[..., cmi.Predictor], rec: cmi.Recordings, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tries = []
+def test_evidence_of_a_turned_device_adds_up_over_its_wearers_recordings(serve: Serve) -> None:
+    """Weak evidence: one recording is not enough, two are; each counts once; wearers are apart.
+    And left-handers are mirrored."""
+    odd = cmi.odd_features(REC)[0]
+    coefficients = [-1.0 / float(odd[0])] + [0.0] * (len(odd) - 1)  # every recording says -1
+    wearer = {"prior": 1.5, "coefficients": coefficients}
+    weights, reached = weights_of({"lgbm/all": 1.0}, wearer=wearer), []
+    rules = {"lgbm/all": lambda seen: reached.append(seen.acc[0]) or always(0)(seen)}
+    for looks in (True, False):
+        predictor = serve(rules, weights, upside_down=looks, **PLAIN)
+        for k, subject in ((1, "SUBJ_1"), (1, "SUBJ_1"), (9, "SUBJ_2"), (2, "SUBJ_1")):
+            ask(predictor, subject=subject, name=f"SEQ_{k}")
+    ask(predictor, hand=0)
+    signs = [[1, 1, 1]] * 3 + [[-1, -1, 1]] + [[1, 1, 1]] * 4 + [[-1, 1, 1]]
+    np.testing.assert_array_equal(reached, REC.acc[0] * np.array(signs))
 
-    def load(_: cmi.Config) -> cmi.Served:
-        tries.append(1)
-        raise ForeignError("no card")
 
-    monkeypatch.setattr(cmi, "load_served", load)
-    predictor = serve(ROUTES, strict=False)
-    predictor.served = None
-    for _ in range(3):
-        assert predictor.predict(frame_of(alone(rec, 0)), person_of()) == "Text on phone"
+def test_a_part_that_fails_is_left_out_counted_and_dropped(serve: Serve, capsys: Printed) -> None:
+    """Without any answer the majority is told."""
+    calls: list[int] = []
+    rules = {"lgbm/all": lambda seen: calls.append(1) or failing(seen), "torch/all": always(1)}
+    weights = weights_of({"lgbm/all": 0.5, "torch/all": 0.5})
+    lenient = serve(rules, weights, strict=False, **PLAIN)
+    assert [ask(lenient) for _ in range(9)] == [GESTURES[1]] * 9
+    assert len(calls) < 6
+    assert lenient.fallbacks == {"lgbm/all: ForeignError: planted": len(calls)}
+    alone = serve({"lgbm/all": failing}, weights, strict=False)
+    assert [ask(alone) for _ in range(2)] == [cmi.GESTURES[16]] * 2
+    assert alone.fallbacks["ForeignError: planted"] == 2
+    assert "planted" in capsys.readouterr().err, "with its traceback"
+    with pytest.raises(ForeignError, match="planted"):
+        ask(serve(rules, weights, **PLAIN))
+
+
+def test_models_that_cannot_be_had_are_asked_for_once(serve: Serve, monkeypatch: Patch) -> None:
+    tries: list[int] = []
+    predictor = serve({"lgbm/all": always(0)}, strict=False)
+    broken = dataclasses.replace(cmi.MEMBERS["lgbm"], load=lambda *_: tries.append(1) or failing())
+    monkeypatch.setitem(cmi.MEMBERS, "lgbm", broken)
+    assert [ask(predictor) for _ in range(3)] == ["Text on phone"] * 3
     assert len(tries) == 1, "a load can take minutes"
-    assert predictor.fallbacks == {"ForeignError: no card": 3}
+    assert predictor.fallbacks.total() == 3
 
 
-def test_fixed_weights_hold_for_bundles_too(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_questions_at_once_are_answered_one_after_the_other(serve: Serve) -> None:
+    told: list[str] = []
+
+    def slow(seen: cmi.Recordings) -> list[float]:
+        told.append("begins")
+        time.sleep(0.05)
+        told.append("ends")
+        return always(0)(seen)
+
+    with ThreadPoolExecutor(4) as pool:
+        [*pool.map(functools.partial(ask, serve({"lgbm/all": slow})), range(4))]
+    assert told == ["begins", "ends"] * 4
+
+
+def test_folds_are_averaged_parts_pooled_and_fixed_shares_hold(
+    serve: Serve, capsys: Printed
 ) -> None:
-    parts, knobs = ("lgbm/all", "torch/all", "lgbm/imu"), (None,) * 3
-    blend = cmi.Blend(parts, (0.2, 0.5, 0.3), "probability", knobs)
-    asked = cmi.Config(ensemble_weights="lgbm:1,torch:3")
-    assert cmi.as_asked("all", blend, asked).weights == (0.25, 0.75, 0.0)
-    assert cmi.as_asked("all", blend, cmi.Config()) is blend
-    absent = cmi.Config(ensemble_weights="keras:1")
-    assert cmi.as_asked("all", blend, absent) is blend
+    rules = {"lgbm/all": always(0), "torch/all": always(1), "lgbm/imu": always(2)}
+    found = weights_of({"lgbm/all": 0.2, "torch/all": 0.5, "lgbm/imu": 0.3})
+
+    def odds(**settings: Any) -> float:
+        """Of lgbm's label against torch's: (.475 / .175) to the power of their weights' difference."""
+        proba = serve(rules, found, **settings).predict_proba(frame_of(), RIGHT)
+        return float(np.log(proba[GESTURES[0]] / proba[GESTURES[1]]) / np.log(0.475 / 0.175))
+
+    fixed = odds(ensemble_weights="lgbm:1,torch:3"), odds(ensemble_w_torch=1.0)
+    warm = odds(ensemble_w_torch=1.0, ensemble_temperature=0.5)
+    assert (odds(), *fixed, warm) == pytest.approx((-0.3, -0.5, -1, -2), abs=1e-4)
+    assert odds(ensemble_weights="lgbm:0") == pytest.approx(-0.3, abs=1e-4)
     assert "leave nothing" in capsys.readouterr().out
-
-    def load(*_: object) -> str:
-        return "a model"
-
-    member = cmi.Member(("numpy",), (), None, None, load, None, 1.0)  # type: ignore[arg-type]
-    monkeypatch.setattr(cmi, "MEMBERS", {"lgbm": member, "torch": member, "keras": member})
-    found = {part: (Path(), ["fold00"], TABLE) for part in parts[:2]}
-    monkeypatch.setattr(cmi, "find_models", lambda *_: found)
-    monkeypatch.setattr(cmi, "chosen_weights", lambda _: (None, "defaults"))
-    assert cmi.load_served(asked).blends["all"].weights == (0.25, 0.75)
-    assert cmi.load_served(cmi.Config()).blends["all"].weights == (0.5, 0.5)

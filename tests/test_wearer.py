@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from made import changed, joined
 
 import cmi_pipeline as cmi
 import cmi_simulator
@@ -27,26 +28,51 @@ def test_the_evidence_of_a_turned_twin_is_the_negative(rec: cmi.Recordings) -> N
     np.testing.assert_allclose(twin, -odd, atol=1e-9)
 
 
-def test_window_means_against_a_loop() -> None:
-    rng = np.random.default_rng(0)
-    x = rng.normal(5, 3, (50, 3))
-    first, last = np.array([0, 7, 7, 49]), np.array([50, 8, 30, 50])
-    slow = [x[a:b].mean(axis=0) for a, b in zip(first, last, strict=True)]
-    np.testing.assert_allclose(cmi.window_mean(x, first, last), slow, rtol=1e-12)
+def test_evidence_is_means_of_the_beginning_the_gesture_and_the_whole(rec: cmi.Recordings) -> None:
+    """Against a loop over some recordings."""
+    odd = cmi.odd_features(rec).reshape(len(rec), 3, 10)
+    for i in range(0, len(rec), 7):
+        rows = slice(rec.start[i], rec.start[i + 1])
+        tof, thm = rec.tof[rows], rec.thm[rows].astype(float)
+        seen = np.where((tof == 255).all(axis=(2, 3)), np.nan, (tof < 250).mean(axis=(2, 3)))
+        sides = [seen[:, 1] - seen[:, 3], seen[:, 2] - seen[:, 4]]
+        sides += [thm[:, 1] - thm[:, 3], thm[:, 2] - thm[:, 4]]
+        values = np.c_[rec.acc[rows].astype(float) / 9.81, np.nan_to_num(np.stack(sides, axis=1))]
+        for part, some in zip(odd[i], (values[:10], values[-31:], values), strict=True):
+            x, y, z, *side = some.mean(axis=0)
+            expected = [x, y, x * z, y * z, x * y * y, y * x * x, *side]
+            np.testing.assert_allclose(part, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_a_missing_sensor_is_no_evidence(rec: cmi.Recordings) -> None:
+    """One of a pair that is not there says nothing about which way round they sit."""
+    lost_tof, lost_thm = rec.tof.copy(), rec.thm.copy()
+    lost_tof[:, 4], lost_thm[:, 4] = 255, np.nan  # the fifth of each
+    lost = changed(rec, tof=lost_tof, thm=lost_thm)
+    before, after = (cmi.odd_features(r).reshape(len(rec), 3, 10) for r in (rec, lost))
+    gone = [7, 9]  # ToF 3 less 5, THM 3 less 5
+    assert (before[..., gone] != 0).any(axis=(0, 1)).all()
+    assert (after[..., gone] == 0).all()
+    rest = np.setdiff1d(np.arange(10), gone)
+    np.testing.assert_array_equal(after[..., rest], before[..., rest])
 
 
 def test_subjects_that_were_turned_are_found(rec: cmi.Recordings) -> None:
     """Turn three whole subjects by hand: they, and nobody else new, must be found."""
     cfg = cmi.Config(n_folds=4)
     fold = cmi.make_folds(rec.subject, cfg)
-    before, _ = cmi.find_turned(rec, fold, cfg)
+    before, _ = cmi.find_upside_down(rec, fold, cfg)
     names = np.unique(rec.subject[~before])[[1, 5, 9]]
     hand = np.isin(rec.subject, names)
-    turned = cmi.turned_back(rec, hand)
-    after, wearer = cmi.find_turned(turned, fold, cfg)
+    turned = cmi.turned_upright(rec, hand)
+    after, wearer = cmi.find_upside_down(turned, fold, cfg)
     assert set(rec.subject[after & hand]) == set(names)
     assert set(rec.subject[after & ~hand]) == set(rec.subject[before])
     assert wearer is not None
+    assert set(wearer) == {"coefficients", "prior"}
+    assert len(wearer["coefficients"]) == cmi.N_ODD
+    found = len(set(rec.subject[after]))
+    assert wearer["prior"] == pytest.approx(np.log((17 - found) / (1 + found)))
     logit = cmi.wearer_logit(upright(turned), wearer)
     assert ((logit < 0) == after).mean() > 0.85
 
@@ -55,11 +81,11 @@ def test_with_few_subjects_nobody_is_turned(rec: cmi.Recordings) -> None:
     seven = np.flatnonzero(np.isin(rec.subject, np.unique(rec.subject)[:7]))  # all they recorded
     sparse = np.arange(100)  # of all wearers
     for some in (seven, sparse):
-        few = cmi.selection(rec, some)
-        turned, wearer = cmi.find_turned(few, np.arange(len(few)) % 2, cmi.Config())
-        assert not turned.any()
+        few = joined([rec.part(i, i + 1) for i in some])
+        found, wearer = cmi.find_upside_down(few, np.arange(len(few)) % 2, cmi.Config())
+        assert not found.any()
         assert wearer is None
-    off, _ = cmi.find_turned(rec, np.arange(len(rec)) % 2, cmi.Config(upside_down=False))
+    off = cmi.find_upside_down(rec, np.arange(len(rec)) % 2, cmi.Config(upside_down=False))[0]
     assert not off.any()
 
 
@@ -76,21 +102,8 @@ def test_nobody_is_judged_by_a_model_that_saw_their_fold(
         return fit(odd)
 
     monkeypatch.setattr(cmi, "fit_wearer", spy)
-    cmi.find_turned(rec, fold, cfg)
+    cmi.find_upside_down(rec, fold, cfg)
     assert len(seen) == 2 * 4 + 1, "two rounds over the folds, then the model for new wearers"
     for i, rows in enumerate(seen[:-1]):
         np.testing.assert_array_equal(rows, size[fold != i % 4])
     np.testing.assert_array_equal(seen[-1], size)
-
-
-def test_a_missing_sensor_is_no_evidence(rec: cmi.Recordings) -> None:
-    """One of a pair that is not there says nothing about which way round they sit."""
-    lost_tof, lost_thm = rec.tof.copy(), rec.thm.copy()
-    lost_tof[:, 4], lost_thm[:, 4] = cmi.MISSING, np.nan  # the fifth of each
-    lost = cmi.dataclasses.replace(rec, tof=lost_tof, thm=lost_thm)
-    before, after = (cmi.odd_features(r).reshape(len(rec), 3, 10) for r in (rec, lost))
-    gone = [7, 9]  # ToF 3 less 5, THM 3 less 5
-    assert (before[..., gone] != 0).any(axis=(0, 1)).all()
-    assert (after[..., gone] == 0).all()
-    rest = np.setdiff1d(np.arange(10), gone)
-    np.testing.assert_array_equal(after[..., rest], before[..., rest])
