@@ -15,7 +15,8 @@ from .core.base_gateway import GatewayRuntimeError, GatewayRuntimeErrorType
 if TYPE_CHECKING:  # heavy; imported for real inside the functions that need it
     import polars as pl
 
-INPUT_DIR = "/kaggle/input/cmi-detect-behavior-with-sensor-data"
+COMPETITION = "cmi-detect-behavior-with-sensor-data"
+INPUT_DIRS = (f"/kaggle/input/{COMPETITION}", f"/kaggle/input/competitions/{COMPETITION}")
 RESPONSE_LIMIT_SECONDS = 30 * 60  # s for every call after the first
 TEXT_COLUMNS = ("row_id", "sequence_id", "subject")  # all others hold numbers
 INFERENCE_ROWS = 100  # rows from which polars derives the column types
@@ -71,12 +72,17 @@ class CMIGateway(templates.Gateway):
         self.set_response_timeout_seconds(RESPONSE_LIMIT_SECONDS)
 
     def unpack_data_paths(self) -> None:
-        """Set `test_path` and `demographics_path` from `data_paths`, or to Kaggle's files."""
+        """Set `test_path` and `demographics_path` from `data_paths`, or to Kaggle's files.
+
+        Those lie in the first of INPUT_DIRS as in the original, since 2026 also in the second.
+        """
         if self.data_paths:
             self.test_path, self.demographics_path = self.data_paths[:2]
         else:
-            self.test_path = f"{INPUT_DIR}/test.csv"
-            self.demographics_path = f"{INPUT_DIR}/test_demographics.csv"
+            mounted = [folder for folder in INPUT_DIRS if os.path.isdir(folder)]
+            folder = mounted[0] if mounted else INPUT_DIRS[0]
+            self.test_path = f"{folder}/test.csv"
+            self.demographics_path = f"{folder}/test_demographics.csv"
 
     def generate_data_batches(self) -> Iterator[tuple[tuple[pl.DataFrame, pl.DataFrame], Any]]:
         """Yield ((recording, demographics of its subject), its sequence_id) per recording.

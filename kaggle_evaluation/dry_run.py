@@ -5,7 +5,8 @@
 The notebook runs in a process of its own, in an empty working folder, with the re-run's environment
 variable set. The gateway in this process waits for its server within the start-up limit and asks
 about every recording of DIR/test.csv: in random order, half of them IMU only, each answer within
-the deadline. The exit status is 0 if every answer was valid, 1 if not, 2 for wrong arguments.
+the deadline. The exit status is 0 if every answer was valid, 1 if not, 2 for wrong arguments, 130
+after Ctrl-C. Linux and macOS; Windows has no process groups.
 
 A notebook that imports kaggle_evaluation finds this package through PYTHONPATH. One that brings
 Kaggle's own is questioned as well.
@@ -17,6 +18,7 @@ import argparse
 import contextlib
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,12 +28,12 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .cmi_gateway import RESPONSE_LIMIT_SECONDS, CMIGateway
 from .core import relay
 from .core.base_gateway import GatewayRuntimeError, GatewayRuntimeErrorType
-from .core.progress import duration, log
+from .core.progress import Progress, duration, log
 from .metric import competition_score
 
 if TYPE_CHECKING:  # heavy; imported for real inside the functions that need it
@@ -41,7 +43,9 @@ RUN_LIMIT_SECONDS = 9 * 60 * 60  # s, of the whole notebook on Kaggle
 HIDDEN_RECORDINGS = 3500  # about as many as the hidden test has
 LABEL_COLUMNS = ("sequence_type", "orientation", "behavior", "phase", "gesture")  # train.csv only
 LOG_LINES_SHOWN = 40
+PROC = Path("/proc")  # where Linux tells of processes and sockets
 _KILL_SECONDS = 5  # s between asking the notebook to end and ending it
+_END_SECONDS = 2  # s for a process whose connection broke to be seen to have ended
 
 
 class UsageError(Exception):
@@ -142,7 +146,8 @@ def read_truth(path: Path, sequence_ids: list[str]) -> dict[str, str]:
     import polars as pl
 
     try:
-        table = pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path)
+        read = pl.read_parquet if path.suffix == ".parquet" else pl.read_csv
+        table = read(path, glob=False)
         pairs = table.select("sequence_id", "gesture").unique().rows()
     except (OSError, pl.exceptions.PolarsError) as error:
         raise UsageError(
@@ -247,19 +252,36 @@ class NotebookClient(relay.Client):
 
 def listens(port: int, session: int) -> bool:
     """Does a process of this session hold the port? True where the system does not tell."""
-    tables = [path for path in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")) if path.exists()]
-    if not tables:
+    if (PROC / "net" / "tcp").exists():
+        holders = list(holders_by_proc(port))
+    elif shutil.which("lsof"):  # macOS
+        holders = holders_by_lsof(port)
+    else:
         return True
+    for holder in holders:
+        with contextlib.suppress(OSError):  # it has ended
+            if os.getsid(holder) == session:
+                return True
+    return False
+
+
+def holders_by_proc(port: int) -> Iterator[int]:
+    """Ids of the processes that listen on the port, as Linux tells."""
+    tables = [table for name in ("tcp", "tcp6") if (table := PROC / "net" / name).exists()]
     rows = [line.split() for table in tables for line in table.read_text().splitlines()[1:]]
     held = {f"socket:[{row[9]}]" for row in rows
             if row[3] == "0A" and int(row[1].rpartition(":")[2], 16) == port}  # fmt: skip
-    for process in Path("/proc").glob("[0-9]*"):
+    for process in PROC.glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended, or is another user's
-            if os.getsid(int(process.name)) == session and any(
-                os.readlink(fd) in held for fd in (process / "fd").iterdir()
-            ):
-                return True
-    return False
+            if any(os.readlink(fd) in held for fd in (process / "fd").iterdir()):
+                yield int(process.name)
+
+
+def holders_by_lsof(port: int) -> list[int]:
+    """The same, as `lsof` tells, which macOS has."""
+    command = ["lsof", "-nP", "-t", f"-iTCP:{port}", "-sTCP:LISTEN"]
+    found = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    return [int(word) for word in found.stdout.split()]
 
 
 def free_port() -> int:
@@ -293,6 +315,9 @@ def run(options: Options, folder: Path, output_dir: Path) -> tuple[CMIGateway, O
         with time_limit(process, options.run_limit) as expired:
             error = gateway.run_without_raising()
         timed_out = error is not None and expired.is_set()
+        if error and error.error_type is GatewayRuntimeErrorType.SERVER_CONNECTION_FAILED:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_END_SECONDS)
         outcome = Outcome(error, timed_out, client.reached, process.poll())
     gateway.write_result(error)
     return gateway, outcome
@@ -300,56 +325,152 @@ def run(options: Options, folder: Path, output_dir: Path) -> tuple[CMIGateway, O
 
 # ---- the verdict ---------------------------------------------------------------------------------
 
+TRACEBACK = "Traceback (most recent call last):"
+SHORT = 300  # characters of an error's text that stand in one line
+
+
+class Verdict(NamedTuple):
+    """What Kaggle's page shows, why, and what to do about it; names in braces are filled in."""
+
+    shown: str
+    cause: str
+    remedy: str
+
+
 _SERVER_ERROR = "Notebook Inference Server Error"
-# Error type -> what Kaggle's page shows, and what to do about it.
-VERDICTS = {
-    GatewayRuntimeErrorType.SERVER_NEVER_STARTED: (
-        "Notebook Inference Server Never Started",
-        "Construct the server and call serve() first; load models in the first predict call.",
-    ),
-    GatewayRuntimeErrorType.SERVER_CONNECTION_FAILED: (
+_NEVER_STARTED = "Notebook Inference Server Never Started"
+RUN_TOO_LONG = Verdict(
+    "Notebook Timeout",
+    "The whole run exceeded its limit of {run_limit}, with {done} of {total} recordings answered.",
+    f"Answer faster: Kaggle gives about {HIDDEN_RECORDINGS} recordings "
+    f"{duration(RUN_LIMIT_SECONDS)} together.",
+)
+STILL_STARTING = Verdict(
+    _NEVER_STARTED,
+    "No server was up within {startup_limit}, while the notebook {ending}.",
+    "Construct the server and call serve() first; load models in the first predict call, which "
+    "has no limit.",
+)
+NEVER_SERVED = Verdict(
+    _NEVER_STARTED,
+    "The notebook ran to its end and never served.",
+    "Pass predict to CMIInferenceServer and call its serve(), which does not return where "
+    "KAGGLE_IS_COMPETITION_RERUN is set.",
+)
+DIED_BEFORE = Verdict(
+    _NEVER_STARTED,
+    "The notebook {ending} before it served. {last_words}",
+    "Mend that first: it came before any server.",
+)
+DIED_IN_FIRST_CALL = Verdict(
+    _NEVER_STARTED,
+    "The notebook {ending} in the first call, which Kaggle takes for a server that never was up.",
+    "Look for lack of memory and native crashes in the output below.",
+)
+NUMPY_LABEL = Verdict(
+    _SERVER_ERROR,
+    "In {call}, predict returned a numpy scalar that is no number and cannot be sent. {last_words}",
+    "Return str(label): what is taken out of a numpy array of strings is np.str_, no plain str.",
+)
+NO_TEXT = Verdict(
+    _SERVER_ERROR,
+    "In {call}, predict raised an exception without text, or returned np.str_. {last_words}",
+    "Return str(label), and look for a traceback in the output below.",
+)
+GATEWAY_FAILED = Verdict(
+    "an error on Kaggle's side",
+    "The gateway itself failed.",
+    "Check the files in --test-dir.",
+)
+VERDICTS = {  # of the kinds of error that tell enough by themselves
+    GatewayRuntimeErrorType.SERVER_CONNECTION_FAILED: Verdict(
         _SERVER_ERROR,
-        "The notebook's process died or its connection broke: look for memory and native crashes.",
+        "The connection broke in {call}; the notebook {ending}.",
+        "Look for lack of memory and native crashes in the output below.",
     ),
-    GatewayRuntimeErrorType.SERVER_RAISED_EXCEPTION: (
+    GatewayRuntimeErrorType.SERVER_RAISED_EXCEPTION: Verdict(
         _SERVER_ERROR,
-        "predict raised, or returned what cannot be sent. The traceback is in the output below.",
+        "In {call}, predict raised, or returned what cannot be sent. {last_words}",
+        "Mend predict: the traceback is in the output below.",
     ),
-    GatewayRuntimeErrorType.SERVER_MISSING_ENDPOINT: (
+    GatewayRuntimeErrorType.SERVER_MISSING_ENDPOINT: Verdict(
         _SERVER_ERROR,
+        "The server offers no function named predict.",
         "Pass a function named predict to CMIInferenceServer.",
     ),
-    GatewayRuntimeErrorType.GATEWAY_RAISED_EXCEPTION: (
-        "an error on Kaggle's side",
-        "The gateway itself failed: check the files in --test-dir.",
-    ),
-    GatewayRuntimeErrorType.INVALID_SUBMISSION: (
+    GatewayRuntimeErrorType.INVALID_SUBMISSION: Verdict(
         "Submission Scoring Error",
+        "The answer to {call}, is none of the 18 gestures as a str.",
         "Return one of the 18 gestures as a plain str, spelt exactly as in train.csv.",
     ),
-    GatewayRuntimeErrorType.GRPC_DEADLINE_EXCEEDED: (
+    GatewayRuntimeErrorType.GRPC_DEADLINE_EXCEEDED: Verdict(
         _SERVER_ERROR,
-        "A call after the first took too long.",
+        "No answer to {call}, within {response_limit}, the limit of every call but the first.",
+        "Load models in the first call, which has no limit, and do less in the others.",
     ),
-    GatewayRuntimeErrorType.UNSPECIFIED: (_SERVER_ERROR, "No cause is known."),
 }
 
 
-def print_failure(outcome: Outcome, log_path: Path) -> None:
-    """Say what Kaggle would show, the details, what to do, and how the notebook's output ended."""
+def verdict_on(outcome: Outcome, output: str) -> Verdict:
+    """The verdict on a run that failed, whose notebook printed `output`."""
     assert outcome.error is not None
-    kind = outcome.error.error_type
-    shown, remedy = VERDICTS[kind]
-    if kind is GatewayRuntimeErrorType.SERVER_NEVER_STARTED and outcome.reached:
-        remedy = "The server died in the first call, which Kaggle takes for one that never was up."
+    kind, status = outcome.error.error_type, outcome.exit_status
     if outcome.timed_out:
-        shown, remedy = "Notebook Timeout", "The whole run exceeded its limit: answer faster."
-    log("verdict", f'failed: {kind.name} ({kind.value}). Kaggle would show "{shown}".')
-    log("details", outcome.error.error_details or "none")
-    if outcome.exit_status is not None:
-        log("notebook", f"ended by itself with status {outcome.exit_status}")
-    log("remedy", remedy)
-    lines = log_path.read_text(errors="replace").splitlines()
+        return RUN_TOO_LONG
+    if kind is GatewayRuntimeErrorType.SERVER_NEVER_STARTED:
+        if status is None:
+            return STILL_STARTING
+        if outcome.reached:
+            return DIED_IN_FIRST_CALL
+        return DIED_BEFORE if status else NEVER_SERVED
+    if kind is GatewayRuntimeErrorType.SERVER_RAISED_EXCEPTION and not outcome.error.error_details:
+        return NUMPY_LABEL if "str(label)" in last_words(output) else NO_TEXT
+    return VERDICTS.get(kind, GATEWAY_FAILED)
+
+
+def ended(status: int | None) -> str:
+    """How a process ended, as the end of a sentence."""
+    if status is None:
+        return "was still running"
+    if status < 0:
+        return f"was ended by signal {-status} ({signal.strsignal(-status)})"
+    return f"ended with status {status}"
+
+
+def last_words(output: str) -> str:
+    """The exception that the output ends with, or else its last line."""
+    lines = [line for line in output.splitlines() if line.strip()]
+    if not lines:
+        return "It printed nothing."
+    words = lines[-1:]
+    if TRACEBACK in lines:
+        after = lines[len(lines) - lines[::-1].index(TRACEBACK) :]
+        text = [line for line in after if not line.startswith(" ")]
+        words = text if len(text) <= 3 else words  # more is what was printed after the exception
+    return " ".join(line.strip() for line in words)[:SHORT]
+
+
+def print_failure(outcome: Outcome, options: Options, progress: Progress, output: str) -> None:
+    """Say what Kaggle would show, why, what to do, and how the notebook's output ended."""
+    assert outcome.error is not None
+    kind, details = outcome.error.error_type, outcome.error.error_details
+    verdict = verdict_on(outcome, output)
+    log("verdict", f'failed: {kind.name} ({kind.value}). Kaggle would show "{verdict.shown}".')
+    cause = verdict.cause.format(
+        call=f"call {progress.done + 1}, for {progress.current[1] if progress.current else '?'}",
+        done=progress.done,
+        ending=ended(outcome.exit_status),
+        last_words=last_words(output),
+        response_limit=duration(options.response_limit),
+        run_limit=duration(options.run_limit),
+        startup_limit=duration(options.startup_limit),
+        total=progress.total,
+    )
+    log("cause", cause)
+    if details:
+        log("details", details)
+    log("remedy", verdict.remedy)
+    lines = output.splitlines()
     log("output", f"last {min(LOG_LINES_SHOWN, len(lines))} of {len(lines)} lines:")
     for line in lines[-LOG_LINES_SHOWN:]:
         log("|", line)
@@ -372,7 +493,7 @@ def print_success(gateway: CMIGateway, truth: dict[str, str] | None) -> None:
     if hidden > RUN_LIMIT_SECONDS:
         log("warning", 'at this rate the hidden test would end as "Notebook Timeout"')
     if truth is not None:
-        answers = pl.read_parquet(gateway.output_dir / "submission.parquet")
+        answers = pl.read_parquet(gateway.output_dir / "submission.parquet", glob=False)
         true_gestures = [truth[sequence_id] for sequence_id in answers["sequence_id"]]
         score = competition_score(true_gestures, answers["gesture"].to_list())
         log(
@@ -420,8 +541,14 @@ def checked(options: Options) -> Options:
     """`options`, whose paths exist.
 
     Raises:
-        UsageError: the notebook is missing or no script, or a folder is missing.
+        UsageError: the notebook is missing or no script, a folder is missing, or the system
+            cannot end a process with all it started.
     """
+    if not hasattr(os, "killpg"):
+        raise UsageError(
+            "A dry run starts and ends the notebook as a process group, which Windows has not: "
+            "use Linux, macOS or WSL."
+        )
     if not options.notebook.is_file() or options.notebook.suffix != ".py":
         raise UsageError(
             f"{options.notebook} is no Python script. For an .ipynb file run "
@@ -444,13 +571,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             truth = read_truth(options.truth, sequence_ids) if options.truth else None
             gateway, outcome = run(options, folder, output_dir)
             if outcome.error:
-                print_failure(outcome, output_dir / "notebook.log")
+                output = (output_dir / "notebook.log").read_text(errors="replace")
+                print_failure(outcome, options, gateway.progress, output)
                 return 1
             print_success(gateway, truth)
             return 0
     except UsageError as error:
         sys.stderr.write(f"{error}\n")
         return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted: the notebook was ended, and there is no verdict.\n")
+        return 130
 
 
 if __name__ == "__main__":

@@ -3,36 +3,29 @@
 import json
 import os
 import re
-import socket
+import shutil
+import signal
 import subprocess
 import sys
-import textwrap
+import threading
+import time
 from pathlib import Path
 
 import polars as pl
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_kaggle_evaluation_gateway import GESTURES, answering
+
+from kaggle_evaluation import dry_run
+from kaggle_evaluation.core import relay
+from kaggle_evaluation.metric import competition_score
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from kaggle_evaluation import dry_run  # noqa: E402
-from kaggle_evaluation.metric import competition_score  # noqa: E402
-
-TARGETS = [
-    "Above ear - pull hair", "Cheek - pinch skin", "Eyebrow - pull hair", "Eyelash - pull hair",
-    "Forehead - pull hairline", "Forehead - scratch", "Neck - pinch skin", "Neck - scratch",
-]  # fmt: skip
-OTHERS = [
-    "Drink from bottle/cup", "Feel around in tray and pull out an object", "Glasses on/off",
-    "Pinch knee/leg skin", "Pull air toward your face", "Scratch knee/leg skin", "Text on phone",
-    "Wave hello", "Write name in air", "Write name on leg",
-]  # fmt: skip
 SENSORS = ["thm_1", "thm_2", "tof_1_v0", "tof_5_v63"]
 
-# ---- the score ---------------------------------------------------------------------------------
-
-T1, T2, N1, N2 = TARGETS[0], TARGETS[1], OTHERS[0], OTHERS[1]
+TARGETS, OTHERS = GESTURES[:8], GESTURES[8:]
+T1, T2, N1, N2 = *TARGETS[:2], *OTHERS[:2]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +43,7 @@ def test_scores_worked_out_by_hand(truth, prediction, score):
     assert competition_score(truth, prediction).total == pytest.approx(score, abs=1e-12)
 
 
-GESTURE = st.sampled_from(TARGETS + OTHERS)
+GESTURE = st.sampled_from(GESTURES)
 
 
 @settings(max_examples=40, deadline=None)  # the oracle takes long to import
@@ -76,13 +69,10 @@ def test_what_cannot_be_scored(truth, prediction):
         competition_score(truth, prediction)
 
 
-# ---- test files --------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def test_dir(tmp_path: Path) -> Path:
     """Four recordings of 60 rows, the last without values of thm and tof."""
-    folder = tmp_path / "test"
+    folder = tmp_path / "a[2025]*b"
     folder.mkdir()
     lines = [",".join(["row_id", "sequence_id", "sequence_counter", "subject", "acc_x", *SENSORS])]
     for name in "ABCD":
@@ -93,13 +83,8 @@ def test_dir(tmp_path: Path) -> Path:
     return folder
 
 
-def options(test_dir: Path, **changes: object) -> dry_run.Options:
-    notebook = test_dir.parent / "notebook.py"
-    arguments = ["--test-dir", str(test_dir), str(notebook)]
-    for name, value in changes.items():
-        flag = f"--{name.replace('_', '-')}"
-        arguments += [flag] if value is True else [flag, str(value)]
-    return dry_run.parse_options(arguments)
+def options(test_dir: Path, *arguments: str) -> dry_run.Options:
+    return dry_run.parse_options(["--test-dir", str(test_dir), *arguments, "notebook.py"])
 
 
 def imu_only(table: pl.DataFrame) -> set[str]:
@@ -111,9 +96,9 @@ def imu_only(table: pl.DataFrame) -> set[str]:
 
 
 def test_half_of_the_recordings_lose_their_sensors(test_dir, tmp_path):
-    chosen = set()
+    given, chosen = pl.read_csv(test_dir / "test.csv", glob=False), set()
     for seed in range(12):
-        names = dry_run.write_test_files(options(test_dir, seed=seed), tmp_path)
+        names = dry_run.write_test_files(options(test_dir, "--seed", str(seed)), tmp_path)
         assert names == ["A", "B", "C", "D"]
         written = pl.read_csv(tmp_path / "test.csv")
         lost = imu_only(written)
@@ -121,40 +106,32 @@ def test_half_of_the_recordings_lose_their_sensors(test_dir, tmp_path):
         assert "D" in lost
         chosen |= lost
         kept = ~pl.col("sequence_id").is_in(list(lost))
-        assert written.filter(kept).equals(pl.read_csv(test_dir / "test.csv").filter(kept))
-        assert written.drop(SENSORS).equals(pl.read_csv(test_dir / "test.csv").drop(SENSORS))
+        assert written.filter(kept).equals(given.filter(kept))
+        assert written.drop(SENSORS).equals(given.drop(SENSORS))
     assert chosen == set("ABCD")
 
 
-def test_all_sensors_can_be_kept(test_dir, tmp_path):
-    dry_run.write_test_files(options(test_dir, all_sensors=True), tmp_path)
-    assert imu_only(pl.read_csv(tmp_path / "test.csv")) == {"D"}
-
-
-def test_sensors_can_be_made_to_arrive_as_text(test_dir, tmp_path, capsys):
-    dry_run.write_test_files(options(test_dir, text_columns=True), tmp_path)
+def test_sensors_can_be_kept_or_made_to_arrive_as_text_and_labels_go(test_dir, tmp_path, capsys):
+    table = pl.read_csv(test_dir / "test.csv", glob=False)
+    table.with_columns(gesture=pl.lit(T1), phase=pl.lit("x")).write_csv(test_dir / "test.csv")
+    dry_run.write_test_files(options(test_dir, "--all-sensors"), tmp_path)
+    written = pl.read_csv(tmp_path / "test.csv")
+    assert imu_only(written) == {"D"}
+    assert written.columns == table.columns
+    assert "removed label columns: phase, gesture" in capsys.readouterr().out
+    dry_run.write_test_files(options(test_dir, "--text-columns"), tmp_path)
     written = pl.read_csv(tmp_path / "test.csv")
     assert {written.schema[name] for name in SENSORS} == {pl.String}
     assert "arrive as text: 4 of 4" in capsys.readouterr().out
 
 
-def test_labels_are_removed(test_dir, tmp_path, capsys):
-    table = pl.read_csv(test_dir / "test.csv").with_columns(gesture=pl.lit(T1), phase=pl.lit("x"))
-    table.write_csv(test_dir / "test.csv")
-    dry_run.write_test_files(options(test_dir), tmp_path)
-    assert not {"gesture", "phase"} & set(pl.read_csv(tmp_path / "test.csv").columns)
-    assert "removed label columns: phase, gesture" in capsys.readouterr().out
-
-
 def test_the_truth_may_have_a_row_per_sample(tmp_path):
     table = pl.DataFrame({"sequence_id": ["A", "A", "B", "X"], "gesture": [T1, T1, N1, N2]})
-    table.write_csv(tmp_path / "t.csv")
-    table.write_parquet(tmp_path / "t.parquet")
-    for name in ("t.csv", "t.parquet"):
+    table.write_csv(tmp_path / "t[1]*.csv")
+    table.write_parquet(tmp_path / "t[1]*.parquet")
+    for name in ("t[1]*.csv", "t[1]*.parquet"):
         assert dry_run.read_truth(tmp_path / name, ["B", "A"]) == {"A": T1, "B": N1}
 
-
-# ---- dry runs ----------------------------------------------------------------------------------
 
 NOTEBOOK = """
 import os, sys, time
@@ -188,7 +165,7 @@ def dry_run_of(
     notebook.write_text(
         NOTEBOOK.format(before=before, predict=predict, serve=serve, target=TARGETS[0])
     )
-    kept = test_dir.parent / "kept"
+    kept = test_dir.parent / "kept[1]*"
     command = [sys.executable, "-m", "kaggle_evaluation.dry_run", "--test-dir", str(test_dir)]
     command += ["--output-dir", str(kept), *arguments, str(notebook)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("KAGGLE_")}
@@ -206,7 +183,8 @@ def test_a_notebook_that_passes_is_scored(test_dir):
     pl.DataFrame({"sequence_id": list("ABCD"), "gesture": [T1, T1, T1, N1]}).write_csv(truth)
     status, output, result = dry_run_of(test_dir, "--truth", str(truth), "--seed", "1")
     assert (status, result) == (0, {"Succeeded": True})
-    submission = pl.read_parquet(test_dir.parent / "kept" / "submission.parquet")
+    kept = test_dir.parent / "kept[1]*" / "submission.parquet"
+    submission = pl.read_parquet(kept, glob=False)
     assert sorted(submission["sequence_id"]) == list("ABCD")
     answers = dict(submission.rows())
     assert sorted(answers.values()) == [T1, T1, "Text on phone", "Text on phone"]
@@ -215,87 +193,79 @@ def test_a_notebook_that_passes_is_scored(test_dir):
     assert f"score        {expected:.5f}" in output
     assert re.search(r"verdict +passed: 4 valid answers", output)
     assert "recordings=4  imu_only=2" in output
+    assert "for 3500 recordings of 9h00m" in output
+
+
+SHOWN = {1: "Notebook Inference Server Never Started", 6: "Submission Scoring Error"}
+SERVER_ERROR = "Notebook Inference Server Error"
+STALLS = "time.sleep(0 if calls == 1 else 60)"
+TEXT = "return sequence['thm_1'].mean() + 'x'"
+NUMPY = "import numpy; return numpy.array(['Wave hello'])[0]"
+DIES = "The notebook ended with status 1 before it served. "
+CALL = "In call 1, for [A-D], predict "
+SERVES_ANOTHER = SERVE.replace("(predict)", "(print)")
 
 
 @pytest.mark.parametrize(
-    ("parts", "arguments", "number", "shown", "text"),
+    ("parts", "arguments", "number", "cause", "remedy"),
     [
-        ({"serve": "print('no server here')"}, (), 1, "Never Started", "no server here"),
-        ({"before": "raise ImportError('no such thing')"}, (), 1, "Never Started", "no such thing"),
-        (
-            {"before": "time.sleep(60)"},
-            ("--startup-limit", "2"),
-            1,
-            "Never Started",
-            "serve() first",
-        ),
-        ({"predict": "os._exit(7)"}, (), 1, "Never Started", "died in the first call"),
-        ({"predict": "calls > 1 and os._exit(7)"}, (), 2, "Server Error", "status 7"),
-        ({"predict": "1 / 0"}, (), 3, "Inference Server Error", "division by zero"),
-        (
-            {"predict": "return sequence['thm_1'].mean() + 'x'"},
-            ("--text-columns",),
-            3,
-            "Inference Server Error",
-            "Traceback",
-        ),
-        (
-            {"predict": "import numpy; return numpy.array(['Wave hello'])[0]"},
-            (),
-            3,
-            "Inference Server Error",
-            "str(label)",
-        ),
-        (
-            {"serve": SERVE.replace("(predict)", "(print)")},
-            (),
-            4,
-            "Inference Server Error",
-            "named",
-        ),
-        ({"predict": "return None"}, (), 6, "Submission Scoring Error", "NoneType"),
-        ({"predict": "return 'wave hello'"}, (), 6, "Submission Scoring Error", '"wave hello"'),
-        (
-            {"predict": "time.sleep(0 if calls == 1 else 60)"},
-            ("--response-limit", "1"),
-            7,
-            "Inference Server Error",
-            "took too long",
-        ),
-        ({"predict": "time.sleep(60)"}, ("--run-limit", "5"), 1, "Notebook Timeout", "limit"),
+        ({"serve": "print('no server')"}, "", 1, "ran to its end and never served", r"serve\(\)"),
+        ({"before": "raise ImportError('no a')"}, "", 1, DIES + "ImportError: no a$", "Mend that"),
+        ({"before": "import = a"}, "", 1, DIES + "SyntaxError: ", "Mend that"),
+        ({"before": "sys.exit('No models.')"}, "", 1, DIES + "No models.$", "Mend that"),
+        ({"before": "os.kill(os.getpid(), 9)"}, "", 1, r"ended by signal 9 \(Killed\)", "Mend"),
+        ({"before": "time.sleep(60)"}, "--startup-limit 2", 1, "within 2.0s, while", "load models"),
+        ({"predict": "os._exit(7)"}, "", 1, "status 7 in the first call, which Kaggle", "memory"),
+        ({"predict": "calls > 1 and os._exit(7)"}, "", 2, "call 2, .*ended with status 7", "crash"),
+        ({"predict": "1 / 0"}, "", 3, CALL + ".*ZeroDivisionError: division", "Mend predict"),
+        ({"predict": TEXT}, "--text-columns", 3, CALL + ".*TypeError: ", "traceback"),
+        ({"predict": "raise ValueError"}, "", 3, CALL + ".*without text.*ValueError$", "traceback"),
+        ({"predict": NUMPY}, "", 3, CALL + r"returned a numpy .*numpy\.str_", r"str\(label\)"),
+        ({"serve": SERVES_ANOTHER}, "", 4, "no function named predict", "Pass a function named"),
+        ({"predict": "return None"}, "", 6, "answer to call 1, for [A-D]", "a plain str"),
+        ({"predict": "return 'wave hello'"}, "", 6, "none of the 18", "spelt exactly"),
+        ({"predict": STALLS}, "--response-limit 1", 7, "call 2, .*within 1.0s, the", "first call"),
+        ({"predict": "time.sleep(60)"}, "--run-limit 5", 1, "limit of 5.0s, with 0 of 4", "faster"),
     ],
 )
-def test_a_notebook_that_fails(test_dir, parts, arguments, number, shown, text):
-    status, output, result = dry_run_of(test_dir, *arguments, **parts)
+def test_a_notebook_that_fails(test_dir, parts, arguments, number, cause, remedy):
+    status, output, result = dry_run_of(test_dir, *arguments.split(), **parts)
     assert status == 1
     assert (result["Succeeded"], result["ErrorType"]) == (False, number)
-    assert re.search(rf"verdict +failed: {result['ErrorName']} \({number}\)", output)
-    assert shown in output
-    assert text in output
+    shown = "Notebook Timeout" if "--run-limit" in arguments else SHOWN.get(number, SERVER_ERROR)
+    verdict = rf'verdict +failed: {result["ErrorName"]} \({number}\). Kaggle would show "{shown}"'
+    assert re.search(verdict, output)
+    assert re.search(rf"cause +.*{cause}", output, re.M)
+    assert re.search(rf"remedy +.*{remedy}", output)
+    assert bool(result["ErrorDetails"]) == ("] details " in output)
 
 
-def test_a_slow_first_call_is_no_failure_and_late_loading_neither(test_dir):
-    status, output, _ = dry_run_of(
-        test_dir, "--response-limit", "1", predict="time.sleep(2 if calls == 1 else 0)"
-    )
-    assert status == 0, output
+def test_ctrl_c_ends_the_notebook_and_says_one_line(test_dir):
+    pid_file, notebook = test_dir.parent / "pid", test_dir.parent / "notebook.py"
+    wait = f"open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
+    notebook.write_text(NOTEBOOK.format(before="", predict=wait, serve=SERVE, target=T1))
+    command = [sys.executable, "-m", "kaggle_evaluation.dry_run", "--test-dir", str(test_dir)]
+    with subprocess.Popen(
+        [*command, str(notebook)], cwd=ROOT, text=True, stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        until = time.monotonic() + 60
+        while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < until:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=30)[1]
+    assert (process.returncode, said.count("\n")) == (130, 1)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid_file.read_text()), 0)
 
 
-def test_a_server_elsewhere_is_not_asked(test_dir):
-    """A notebook without a server fails, though another server waits on the usual port."""
-    with socket.socket() as holder:
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            holder.bind(("127.0.0.1", 50051))
-            holder.listen()
-        except OSError:
-            pass  # someone else holds it, which serves the purpose
-        status, _, result = dry_run_of(test_dir, "--startup-limit", "2", serve="time.sleep(60)")
-    assert (status, result["ErrorType"]) == (1, 1)
-
-
-def test_a_port_is_known_by_the_session_that_holds_it():
-    """Another run's server may come up on a usual port while the notebook is still starting."""
+@pytest.mark.parametrize("told_by", ["/proc", "lsof"])
+def test_a_port_is_known_by_the_session_that_holds_it(monkeypatch, told_by):
+    """Where neither Linux nor macOS tells, every server on the machine counts as the notebook's."""
+    if not (Path("/proc/net/tcp").exists() if told_by == "/proc" else shutil.which("lsof")):
+        pytest.skip(f"this machine has no {told_by}")
+    if told_by == "lsof":
+        monkeypatch.setattr(dry_run, "PROC", Path("/nowhere"))
     hold = "import socket; s = socket.create_server(('', 0)); print(s.getsockname()[1]); input()"
     with subprocess.Popen(
         [sys.executable, "-uc", hold], start_new_session=True, text=True,
@@ -305,29 +275,65 @@ def test_a_port_is_known_by_the_session_that_holds_it():
         assert dry_run.listens(port, process.pid)
         assert not dry_run.listens(port, os.getsid(0))
         assert not dry_run.listens(dry_run.free_port(), process.pid)
-        client = dry_run.NotebookClient(process, [port])
-        with socket.create_server(("127.0.0.1", 0)) as foreign:
-            assert client._try_port(foreign.getsockname()[1], None) is None
-        assert not client.reached
+        monkeypatch.setattr(dry_run, "PROC", Path("/nowhere"))
+        monkeypatch.setenv("PATH", "")
+        assert dry_run.listens(port, os.getsid(0))
         process.communicate("\n")
 
 
-def test_a_server_of_another_package_is_found_on_the_usual_ports(test_dir):
-    """Such a server knows nothing of the port this package hands over."""
-    status, output, _ = dry_run_of(test_dir, before="del os.environ['KAGGLE_EVALUATION_PORT']")
+def test_windows_is_told_in_one_line(test_dir, monkeypatch, capsys):
+    monkeypatch.delattr(os, "killpg")
+    notebook = test_dir.parent / "notebook.py"
+    notebook.write_text("")
+    assert dry_run.main(["--test-dir", str(test_dir), str(notebook)]) == 2
+    said = capsys.readouterr()
+    assert "WSL" in said.err
+    assert (said.out, said.err.count("\n")) == ("", 1)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"predict": "time.sleep(2 if calls == 1 else 0)"},
+        {"before": "del os.environ['KAGGLE_EVALUATION_PORT']"},
+    ],
+    ids=["a slow first call", "another package's server, on a usual port"],
+)
+def test_what_is_no_failure(test_dir, parts):
+    status, output, _ = dry_run_of(test_dir, "--response-limit", "1", **parts)
     assert status == 0, output
+
+
+def test_servers_elsewhere_are_not_asked(test_dir):
+    """Neither one that waits on a usual port nor one that comes up beside a starting notebook."""
+    started = test_dir.parent / "started"
+    servers = [relay.define_server(answering(T1)) for _ in range(2)]
+
+    def start_the_other() -> None:
+        while not started.exists():
+            time.sleep(0.02)
+        servers[1].start()
+
+    servers[0].start()
+    threading.Thread(target=start_the_other, daemon=True).start()
+    serve = f"open({str(started)!r}, 'w'); time.sleep(4)"
+    status, _, result = dry_run_of(test_dir, serve=serve)
+    assert servers[1].port
+    for server in servers:
+        server.stop(0)
+    assert (status, result["ErrorType"]) == (1, 1)
 
 
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
         (["--test-dir", "nowhere", "notebook.py"], "is missing"),
-        (["--test-dir", "test", "missing.py"], "no Python script"),
-        (["--test-dir", "test", "test/test.csv"], "no Python script"),
-        (["--test-dir", "test", "--truth", "no.csv", "notebook.py"], "--truth"),
-        (["--test-dir", "test", "--truth", "half.csv", "notebook.py"], "lacks 3 recordings"),
-        (["--test-dir", "test", "--truth", "twice.csv", "notebook.py"], "more than one"),
-        (["--test-dir", "test", "--working-dir", "nowhere", "notebook.py"], "--working-dir"),
+        (["--test-dir", "a[2025]*b", "missing.py"], "no Python script"),
+        (["--test-dir", "a[2025]*b", "a[2025]*b/test.csv"], "no Python script"),
+        (["--test-dir", "a[2025]*b", "--truth", "no.csv", "notebook.py"], "--truth"),
+        (["--test-dir", "a[2025]*b", "--truth", "half.csv", "notebook.py"], "lacks 3 recordings"),
+        (["--test-dir", "a[2025]*b", "--truth", "twice.csv", "notebook.py"], "more than one"),
+        (["--test-dir", "a[2025]*b", "--working-dir", "nowhere", "notebook.py"], "--working-dir"),
         (["--test-dir", "empty", "notebook.py"], "no rows"),
     ],
 )
@@ -343,15 +349,9 @@ def test_wrong_arguments(test_dir, monkeypatch, capsys, arguments, text):
     assert text in capsys.readouterr().err
 
 
-def test_usage():
-    for arguments, status in ((["--help"], 0), ([], 2)):
-        command = [sys.executable, "-m", "kaggle_evaluation.dry_run", *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == status
-        assert "--test-dir" in done.stdout + done.stderr
-
-
-def test_every_error_type_has_a_verdict():
-    assert len(dry_run.VERDICTS) == 8
-    assert all(remedy.endswith(".") for _, remedy in dry_run.VERDICTS.values())
-    assert textwrap.dedent(dry_run.__doc__).startswith("Run a notebook")
+@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), ([], 2)])
+def test_usage(capsys, arguments, status):
+    with pytest.raises(SystemExit) as ended:
+        dry_run.main(arguments)
+    assert ended.value.code == status
+    assert "--test-dir" in "".join(capsys.readouterr())

@@ -1,5 +1,6 @@
 """The gateway: batches, checks, result files, file sharing; and whole local runs."""
 
+import ast
 import itertools
 import json
 import os
@@ -8,9 +9,8 @@ import shutil
 import socket
 import subprocess
 import sys
-import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +18,14 @@ import pandas as pd
 import polars as pl
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-from kaggle_evaluation import cmi_gateway  # noqa: E402
-from kaggle_evaluation.cmi_gateway import CMIGateway  # noqa: E402
-from kaggle_evaluation.cmi_inference_server import CMIInferenceServer  # noqa: E402
-from kaggle_evaluation.core import base_gateway, progress, relay  # noqa: E402
-from kaggle_evaluation.core.base_gateway import GatewayRuntimeError  # noqa: E402
-from kaggle_evaluation.core.base_gateway import GatewayRuntimeErrorType as Kind  # noqa: E402
+from kaggle_evaluation import cmi_gateway
+from kaggle_evaluation.cmi_gateway import CMIGateway
+from kaggle_evaluation.cmi_inference_server import CMIInferenceServer
+from kaggle_evaluation.core import base_gateway, progress, relay, templates
+from kaggle_evaluation.core.base_gateway import GatewayRuntimeError
+from kaggle_evaluation.core.base_gateway import GatewayRuntimeErrorType as Kind
 
+ROOT = Path(__file__).resolve().parents[1]
 GESTURES = """
     Above ear - pull hair|Cheek - pinch skin|Eyebrow - pull hair|Eyelash - pull hair
     Forehead - pull hairline|Forehead - scratch|Neck - pinch skin|Neck - scratch
@@ -35,38 +34,38 @@ GESTURES = """
     Wave hello|Write name in air|Write name on leg
 """
 GESTURES = [name.strip() for name in re.split(r"[|\n]", GESTURES) if name.strip()]
-SENSORS = [f"thm_{i}" for i in range(1, 6)] + [
-    f"tof_{i}_v{j}" for i in range(1, 6) for j in range(64)
-]
+SENSORS = [f"thm_{i}" for i in range(1, 6)]
+SENSORS += [f"tof_{i}_v{j}" for i in range(1, 6) for j in range(64)]
 MOTION = ["acc_x", "acc_y", "acc_z", "rot_w", "rot_x", "rot_y", "rot_z"]
 HEADER = ["row_id", "sequence_id", "sequence_counter", "subject", *MOTION, *SENSORS]
-DEMOGRAPHICS = """subject,adult_child,age,sex,handedness,height_cm,shoulder_to_wrist_cm,elbow_to_wrist_cm
-SUBJ_A,1,25,1,1,165.0,52,23.0
-SUBJ_B,0,13,0,1,177.5,52,27.0
-"""
+DEMOGRAPHICS = "subject,adult_child,age,sex,handedness,height_cm,shoulder_to_wrist_cm,"
+DEMOGRAPHICS += "elbow_to_wrist_cm\nSUBJ_A,1,25,1,1,165.0,52,23.0\nSUBJ_B,0,13,0,1,177.5,52,27.0\n"
 
 
-def csv_rows(sequence: str, subject: str, n_rows: int, sensors: bool) -> Iterator[str]:
-    for counter in range(n_rows):
-        motion = [f"{0.25 * (counter + 1):.2f}"] * len(MOTION)
-        rest = ["28.5"] * 5 + ["-1.0"] * 320 if sensors else [""] * 325
-        row = [f"{sequence}_{counter:06}", sequence, str(counter), subject, *motion, *rest]
-        yield ",".join(row)
+def write_lines(folder: Path, lines: list[str], demographics: str) -> tuple[str, str]:
+    """test.csv and test_demographics.csv."""
+    folder.mkdir(exist_ok=True)
+    paths = folder / "test.csv", folder / "test_demographics.csv"
+    paths[0].write_text("\n".join(lines) + "\n")
+    paths[1].write_text(demographics)
+    return str(paths[0]), str(paths[1])
 
 
 def write_files(folder: Path, *recordings: tuple[str, str, int, bool]) -> tuple[str, str]:
-    """test.csv with (sequence_id, subject, rows, sensors) recordings, and its demographics."""
-    rows = itertools.chain.from_iterable(csv_rows(*recording) for recording in recordings)
-    paths = folder / "test.csv", folder / "test_demographics.csv"
-    paths[0].write_text("\n".join([",".join(HEADER), *rows]) + "\n")
-    paths[1].write_text(DEMOGRAPHICS)
-    return str(paths[0]), str(paths[1])
+    """The two files, with (sequence_id, subject, rows, sensors) recordings."""
+    lines = [",".join(HEADER)]
+    for sequence, subject, n_rows, sensors in recordings:
+        rest = ["28.5"] * 5 + ["-1.0"] * 320 if sensors else [""] * 325
+        for counter in range(n_rows):
+            motion = [f"{0.25 * (counter + 1):.2f}"] * len(MOTION)
+            row = [f"{sequence}_{counter:06}", sequence, str(counter), subject, *motion, *rest]
+            lines.append(",".join(row))
+    return write_lines(folder, lines, DEMOGRAPHICS)
 
 
 @pytest.fixture
 def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
     """Three small recordings; the current directory is empty and takes the result files."""
-    (tmp_path / "data").mkdir()
     (tmp_path / "working").mkdir()
     monkeypatch.chdir(tmp_path / "working")
     return write_files(
@@ -80,10 +79,8 @@ def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
 @pytest.fixture(autouse=True)
 def own_ports(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Free ports as the ones to be tried, whatever else runs on this machine."""
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(2)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("", 0)) as two:
+        ports = [probe.getsockname()[1] for probe in (one, two)]
     monkeypatch.setattr(relay, "GRPC_PORTS", ports)
     monkeypatch.delenv("KAGGLE_IS_COMPETITION_RERUN", raising=False)
     return ports
@@ -100,7 +97,8 @@ def failure(call: Callable[..., object], *args: object) -> GatewayRuntimeError:
     return caught.value
 
 
-# ---- batches -----------------------------------------------------------------------------------
+def result_json() -> dict[str, object]:
+    return json.loads(Path("result.json").read_text())
 
 
 def test_attributes_as_published():
@@ -128,55 +126,44 @@ def test_a_recording_has_all_its_rows_and_columns_and_its_subject(paths):
     assert sequence.select(SENSORS).null_count().row(0) == (3,) * 325
     assert demographics.row(0) == ("SUBJ_B", 0, 13, 0, 1, 177.5, 52, 27.0)
     assert batches["SEQ_3"][1].shape == (0, 8)
-    types = [sequence.schema[name] for name in ("subject", "sequence_counter", "thm_1")]
-    assert types == [pl.String, pl.Int64, pl.Float64]
+    assert (sequence.schema, demographics.schema) == tuple(pl.read_csv(p).schema for p in paths)
 
 
 def test_rows_keep_file_order_when_recordings_are_interleaved(tmp_path):
-    names = ["B", "A", "B", "A", "A"]
-    rows = [f"{i},{name},{9 - i},S" for i, name in enumerate(names)]
-    (tmp_path / "t.csv").write_text(
-        "\n".join(["row_id,sequence_id,sequence_counter,subject", *rows])
-    )
-    (tmp_path / "d.csv").write_text("subject,age\nS,1\n")
-    batches = batches_of(CMIGateway([tmp_path / "t.csv", tmp_path / "d.csv"]))
+    rows = [f"{i},{name},{9 - i},S" for i, name in enumerate("BABAA")]
+    lines = ["row_id,sequence_id,sequence_counter,subject", *rows]
+    batches = batches_of(CMIGateway(write_lines(tmp_path, lines, "subject,age\nS,1\n")))
     assert batches["A"][0]["row_id"].to_list() == [1, 3, 4]
     assert batches["B"][0]["sequence_counter"].to_list() == [9, 7]
 
 
 def test_the_order_is_new_in_every_run_unless_it_is_fixed(tmp_path):
     paths = write_files(tmp_path, *((f"SEQ_{i:03}", "SUBJ_A", 1, False) for i in range(60)))
-    orders = [list(batches_of(CMIGateway(paths))) for _ in range(2)]
+    orders = []
+    for seed in (None, None, 1, 1):
+        gateway = CMIGateway(paths)
+        gateway.order_seed = seed
+        orders.append(list(batches_of(gateway)))
     assert orders[0] != orders[1]
-    assert sorted(orders[0]) == sorted(orders[1])
-    fixed = CMIGateway(paths), CMIGateway(paths)
-    for gateway in fixed:
-        gateway.order_seed = 1
-    assert list(batches_of(fixed[0])) == list(batches_of(fixed[1])) != sorted(orders[0])
-
-
-@pytest.fixture
-def late_sensors(tmp_path: Path) -> tuple[str, str]:
-    """120 rows without sensors, then some with; the original reads those as text."""
-    recordings = [("SEQ_1", "SUBJ_A", 120, False), ("SEQ_2", "SUBJ_B", 2, True)]
-    return write_files(tmp_path, *recordings)
+    assert orders[2] == orders[3] != sorted(orders[0]) == sorted(orders[1])
 
 
 @pytest.mark.parametrize(
-    ("variable", "rerun", "dtype"),
+    ("variable", "is_rerun", "dtype"),
     [
-        (None, False, pl.Float64),
+        ("", False, pl.Float64),
         ("1", False, pl.String),
         ("true", False, pl.String),
-        (None, True, pl.String),
+        ("", True, pl.String),
         ("0", True, pl.Float64),
     ],
 )
-def test_types_of_columns_that_start_late(late_sensors, monkeypatch, variable, rerun, dtype):
-    if variable is not None:
-        monkeypatch.setenv("KAGGLE_EVALUATION_ORIGINAL_DTYPES", variable)
-    monkeypatch.setattr(base_gateway, "IS_RERUN", rerun)
-    batches = batches_of(CMIGateway(late_sensors))
+def test_types_of_columns_that_start_late(tmp_path, monkeypatch, variable, is_rerun, dtype):
+    """The original reads as text what has no value in the first 100 rows."""
+    monkeypatch.setenv("KAGGLE_EVALUATION_ORIGINAL_DTYPES", variable)
+    monkeypatch.setattr(base_gateway, "IS_RERUN", is_rerun)
+    recordings = ("SEQ_1", "SUBJ_A", 120, False), ("SEQ_2", "SUBJ_B", 2, True)
+    batches = batches_of(CMIGateway(write_files(tmp_path, *recordings)))
     for sequence, _ in batches.values():
         assert {sequence.schema[name] for name in SENSORS} == {dtype}
         assert sequence.schema["acc_x"] == pl.Float64
@@ -191,93 +178,52 @@ def test_a_setting_that_cannot_be_read(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("late", "dtype"),
-    [("0.5", pl.Float64), ("word", pl.String), ("7", pl.Int64), ("", pl.Int64)],
+    ("late", "dtype"), [("0.5", pl.Float64), ("word", pl.String), ("7", pl.Int64), ("", pl.Int64)]
 )
 def test_columns_that_change_after_the_rows_polars_looks_at(tmp_path, late, dtype):
     """Where the original stops with an error, the local gateway reads on."""
-    rows = ["s,1,", *["s,2,"] * 150, f"s,{late},"]
-    (tmp_path / "t.csv").write_text("\n".join(["sequence_id,value,empty", *rows]))
-    frame = cmi_gateway.read_csv_with_numbers(tmp_path / "t.csv")
-    assert frame.schema == {"sequence_id": pl.String, "value": dtype, "empty": pl.Float64}
+    lines = ["sequence_id,subject,value,empty", "s,A,1,", *["s,A,2,"] * 150, f"s,A,{late},"]
+    paths = write_lines(tmp_path / "a[2025]*b", lines, "subject\nA\n")
+    frame = batches_of(CMIGateway(paths))["s"][0]
+    assert (frame.schema["value"], frame.schema["empty"]) == (dtype, pl.Float64)
     assert frame.height == 152
 
 
-def test_ordinary_files_are_read_as_polars_reads_them(paths):
-    for path in paths:
-        plain = pl.read_csv(path)
-        assert cmi_gateway.read_csv_with_numbers(path).equals(plain)
-        assert cmi_gateway.read_csv_with_numbers(path).schema == plain.schema
+def test_the_18_gestures_are_valid_and_nothing_else_is():
+    check, row_ids = CMIGateway().validate_prediction_batch, pl.Series(["SEQ_1"])
+    for gesture in GESTURES:
+        check(gesture, row_ids)
+    types = (None, 1, ["Wave hello"], pl.Series(["Wave hello"]), pd.DataFrame({"gesture": ["x"]}))
+    invalid = [(answer, type(answer).__name__) for answer in types]
+    invalid += [(answer, f'"{answer}"') for answer in ("wave hello", "Wave hello ", "")]
+    for answer, text in invalid:
+        error = failure(check, answer, row_ids)
+        assert error.error_type is Kind.INVALID_SUBMISSION
+        assert text in error.error_details
 
 
-# ---- checks ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("gesture", GESTURES)
-def test_every_gesture_is_valid(gesture):
-    CMIGateway().validate_prediction_batch(gesture, pl.Series(["SEQ_1"]))
-
-
-@pytest.mark.parametrize(
-    ("answer", "text"),
-    [
-        (None, "NoneType"),
-        (1, "int"),
-        (["Wave hello"], "list"),
-        (pl.Series(["Wave hello"]), "Series"),
-        (pd.DataFrame({"gesture": ["Wave hello"]}), "DataFrame"),
-        ("wave hello", '"wave hello"'),
-        ("Wave hello ", '"Wave hello "'),
-        ("", '""'),
-    ],
-)
-def test_everything_else_is_an_invalid_submission(answer, text):
-    error = failure(CMIGateway().validate_prediction_batch, answer, pl.Series(["SEQ_1"]))
-    assert error.error_type is Kind.INVALID_SUBMISSION
-    assert text in error.error_details
-
-
-@pytest.mark.parametrize(
-    ("answer", "row_ids", "kind"),
-    [
-        (None, [1], Kind.INVALID_SUBMISSION),
-        ({"a": 1}, [1], Kind.INVALID_SUBMISSION),
-        ([1], [1], Kind.INVALID_SUBMISSION),
-        (1, [1, 2], Kind.INVALID_SUBMISSION),
-        (pl.DataFrame({"a": [1, 2]}), [1], Kind.INVALID_SUBMISSION),
-        (pd.Series([], dtype=float), [1], Kind.INVALID_SUBMISSION),
-        (1, [], Kind.GATEWAY_RAISED_EXCEPTION),
-    ],
-)
-def test_the_generic_check_refuses(answer, row_ids, kind):
-    gateway = base_gateway.BaseGateway()
-    error = failure(gateway.validate_prediction_batch, answer, pl.Series(row_ids))
-    assert error.error_type is kind
-
-
-@pytest.mark.parametrize(
-    "answer",
-    [1, 1.5, "x", True, np.int_(1), np.float64(1), pl.Series([1]), pd.DataFrame({"a": [1]})],
-)
-def test_the_generic_check_accepts(answer):
-    for row_ids in (pl.Series(["a"]), pd.DataFrame({"id": [1]}), ["a"], "a", 1):
-        base_gateway.BaseGateway().validate_prediction_batch(answer, row_ids)
-
-
-# ---- errors and result files -------------------------------------------------------------------
+def test_the_generic_check_counts_rows():
+    check, table = base_gateway.BaseGateway().validate_prediction_batch, pd.DataFrame({"a": [1]})
+    for answer in (1, 1.5, "x", True, np.int_(1), np.float64(1), pl.Series([1]), table):
+        for row_ids in (pl.Series(["a"]), table, ["a"], "a", 1):
+            check(answer, row_ids)
+    for answer in (None, {"a": 1}, [1], pl.DataFrame({"a": [1, 2]}), pd.Series([], dtype=float)):
+        assert failure(check, answer, ["a"]).error_type is Kind.INVALID_SUBMISSION
+    assert failure(check, 1, ["a", "b"]).error_type is Kind.INVALID_SUBMISSION
+    assert failure(check, 1, []).error_type is Kind.GATEWAY_RAISED_EXCEPTION
 
 
 def test_error_types_and_their_numbers():
-    expected = """UNSPECIFIED SERVER_NEVER_STARTED SERVER_CONNECTION_FAILED
+    names = """UNSPECIFIED SERVER_NEVER_STARTED SERVER_CONNECTION_FAILED
         SERVER_RAISED_EXCEPTION SERVER_MISSING_ENDPOINT GATEWAY_RAISED_EXCEPTION
         INVALID_SUBMISSION GRPC_DEADLINE_EXCEEDED"""
-    assert {kind.name: kind.value for kind in Kind} == {
-        name: number for number, name in enumerate(expected.split())
-    }
+    assert [(kind.value, kind.name) for kind in Kind] == list(enumerate(names.split()))
     error = GatewayRuntimeError(Kind.INVALID_SUBMISSION, "why")
     assert (error.error_type, error.error_details) == (Kind.INVALID_SUBMISSION, "why")
     assert str(error) == "(<GatewayRuntimeErrorType.INVALID_SUBMISSION: 6>, 'why')"
     assert GatewayRuntimeError(Kind.UNSPECIFIED).error_details is None
+    with pytest.raises(KeyError):  # not the server's error
+        CMIGateway().handle_server_error(KeyError("x"), "predict")
 
 
 @pytest.mark.parametrize(
@@ -286,21 +232,8 @@ def test_error_types_and_their_numbers():
 )
 def test_result_json_of_a_failure(paths, details, written):
     CMIGateway(paths).write_result(GatewayRuntimeError(Kind.INVALID_SUBMISSION, details))
-    assert json.loads(Path("result.json").read_text()) == {
-        "Succeeded": False,
-        "ErrorType": 6,
-        "ErrorName": "INVALID_SUBMISSION",
-        "ErrorDetails": written,
-    }
-
-
-def test_errors_that_are_not_the_servers_pass_through():
-    with pytest.raises(KeyError):
-        CMIGateway().handle_server_error(KeyError("x"), "predict")
-    kind = failure(CMIGateway().handle_server_error, relay.GRPCDeadlineError(), "predict")
-    assert (kind.error_type, kind.error_details) == (Kind.GRPC_DEADLINE_EXCEEDED, None)
-    kind = failure(CMIGateway().handle_server_error, socket.gaierror(), "predict")
-    assert (kind.error_type, kind.error_details) == (Kind.SERVER_NEVER_STARTED, None)
+    failed = {"Succeeded": False, "ErrorType": 6, "ErrorName": "INVALID_SUBMISSION"}
+    assert result_json() == {**failed, "ErrorDetails": written}
 
 
 @pytest.mark.parametrize(
@@ -308,16 +241,8 @@ def test_errors_that_are_not_the_servers_pass_through():
     [
         (["a", "b"], [pl.Series("id", [1]), pl.Series("id", [2])], {"id": [1, 2], "y": ["a", "b"]}),
         ([np.int_(3)], [pl.DataFrame({"id": [1]})], {"id": [1], "y": [3]}),
-        (
-            [pd.Series([1, 2], name="p")],
-            [pd.Series([7, 8], name="id")],
-            {"id": [7, 8], "p": [1, 2]},
-        ),
-        (
-            [pd.DataFrame({"p": [1.5]})] * 2,
-            [pd.Series([7])] * 2,
-            {"row_id": [7, 7], "p": [1.5] * 2},
-        ),
+        ([pd.Series([1], name="p")], [pd.Series([7], name="id")], {"id": [7], "p": [1]}),
+        ([pd.DataFrame({"p": [1]})] * 2, [pd.Series([7])] * 2, {"row_id": [7, 7], "p": [1, 1]}),
         (pl.DataFrame({"p": [1]}), pl.DataFrame({"id": [2]}), {"id": [2], "p": [1]}),
     ],
 )
@@ -328,66 +253,60 @@ def test_submissions_of_any_kind(tmp_path, predictions, row_ids, expected):
     assert pl.read_parquet(tmp_path / "submission.parquet").to_dict(as_series=False) == expected
 
 
-# ---- file sharing ------------------------------------------------------------------------------
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A folder with one file."""
+    (tmp_path / "input").mkdir()
+    (tmp_path / "input" / "a.csv").write_text("1")
+    return tmp_path / "input"
 
 
-def test_files_are_mirrored_under_the_share_folder(tmp_path):
-    source = tmp_path / "input" / "a.csv"
-    source.parent.mkdir()
-    source.write_text("1")
+def test_files_and_folders_are_mirrored_under_the_share_folder(tmp_path, source):
     gateway = base_gateway.BaseGateway(file_share_dir=str(tmp_path / "shared"))
-    (mirrored,) = gateway.share_files([source])
-    assert mirrored == f"{tmp_path}/shared{source}"
+    (mirrored,) = gateway.share_files([source / "a.csv"])
+    assert mirrored == f"{tmp_path}/shared{source}/a.csv"
     assert Path(mirrored).read_text() == "1"
-    folder = tmp_path / "other"
-    folder.mkdir()
-    assert gateway.share_files([str(folder)]) == [f"{tmp_path}/shared{folder}"]
+    (tmp_path / "other").mkdir()
+    assert gateway.share_files([f"{tmp_path}/other"]) == [f"{tmp_path}/shared{tmp_path}/other"]
 
 
-def test_files_are_copied_in_the_rerun_where_mounting_fails(tmp_path, monkeypatch):
+def test_files_are_copied_in_the_rerun_where_mounting_fails(tmp_path, source, monkeypatch):
     def no_mount(*_args: object, **_kwargs: object) -> None:
         raise FileNotFoundError("mount")
 
-    source = tmp_path / "input"
-    source.mkdir()
-    (source / "a.csv").write_text("1")
     monkeypatch.setattr(base_gateway, "IS_RERUN", value=True)
     monkeypatch.setattr(base_gateway.subprocess, "run", no_mount)
     monkeypatch.setattr(base_gateway, "_FILE_SHARE_DIR", f"{tmp_path}/default/")
     gateway = base_gateway.BaseGateway(file_share_dir=f"{tmp_path}/default/")
-    shared = gateway.share_files([source, str(source / "a.csv")][:1])
-    assert (Path(shared[0]) / "a.csv").read_text() == "1"
+    (shared,) = gateway.share_files([source])
+    assert (Path(shared) / "a.csv").read_text() == "1"
     with pytest.raises(FileNotFoundError):
         base_gateway.BaseGateway(file_share_dir=f"{tmp_path}/elsewhere").share_files([source])
 
 
-def test_paths_that_cannot_be_shared(tmp_path):
-    (tmp_path / "a").write_text("1")
-    cases = [
-        [tmp_path / "missing"],
-        [f"{tmp_path}/x/../a"],
-        [f"{tmp_path}//a"],
-        [f"{tmp_path}/a/"],
-        [b"/a"],
-        [tmp_path / "a", str(tmp_path / "a")],
-    ]
-    for number, paths in enumerate(cases):
+def test_paths_that_cannot_be_shared(tmp_path, source):
+    file = f"{source}/a.csv"
+    cases = [[tmp_path / "missing"], [f"{source}/../input"], [f"{source}//a.csv"], [f"{file}/"]]
+    for number, paths in enumerate([*cases, [b"/a"], [source / "a.csv", file]]):
         gateway = base_gateway.BaseGateway(file_share_dir=str(tmp_path / f"shared{number}"))
         assert failure(gateway.share_files, paths).error_type is Kind.GATEWAY_RAISED_EXCEPTION
-    for folder in (str(tmp_path), None):
+    for folder in (str(source), None):  # not empty; none
         gateway = base_gateway.BaseGateway(file_share_dir=folder)
-        error = failure(gateway.share_files, [tmp_path / "a"])
-        assert "file_share_dir" in error.error_details
+        assert "file_share_dir" in failure(gateway.share_files, [source]).error_details
 
 
-# ---- local runs --------------------------------------------------------------------------------
+def answering(answer: object) -> Callable[..., object]:
+    """A predict function that returns the answer, or raises it."""
+
+    def predict(_sequence: object, _demographics: object) -> object:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    return predict
 
 
-def one_gesture(_sequence: pl.DataFrame, _demographics: pl.DataFrame) -> str:
-    return "Wave hello"
-
-
-one_gesture.__name__ = "predict"
+waving = answering("Wave hello")
 
 
 def test_a_local_run_writes_the_submission_in_the_order_of_the_calls(paths, capsys):
@@ -398,6 +317,8 @@ def test_a_local_run_writes_the_submission_in_the_order_of_the_calls(paths, caps
         return GESTURES[len(demographics)]
 
     server = CMIInferenceServer(predict)
+    with pytest.raises(TypeError):
+        server.run_local_gateway(paths, None, "more")
     assert server.run_local_gateway(data_paths=paths) is None
     submission = pl.read_parquet("submission.parquet")
     assert submission.schema == {"sequence_id": pl.String, "gesture": pl.String}
@@ -407,67 +328,64 @@ def test_a_local_run_writes_the_submission_in_the_order_of_the_calls(paths, caps
     assert not Path("result.json").exists()
     assert isinstance(server.gateway, CMIGateway)
     last = capsys.readouterr().out.splitlines()[-1]
-    assert re.search(r"done=3/3  rate=\S+/s  eta=0.0s  slowest=0.\ds SEQ_[123]  answers: ", last)
+    assert re.search(r"done=3/3  rate=\S+/s  eta=0.0s  slowest=\S+s SEQ_[123]  answers: ", last)
     assert f"{GESTURES[1]} 2, {GESTURES[0]} 1" in last
 
 
-def test_a_server_runs_twice_and_after_serve(paths, own_ports):
-    server = CMIInferenceServer(one_gesture)
-    server.serve()
-    assert server.server.port == own_ports[0]
+def test_a_server_runs_again_and_is_itself_asked_where_another_one_serves(paths, own_ports):
+    other, server = CMIInferenceServer(answering("Text on phone")), CMIInferenceServer(waving)
+    for own in (other, server):
+        own.serve()
+        own.serve()  # returns at once outside the re-run
+    assert [other.server.port, server.server.port] == own_ports
     for _ in range(2):
         server.run_local_gateway(paths)
         assert server.server.port is None
+        assert set(pl.read_parquet("submission.parquet")["gesture"]) == {"Wave hello"}
         os.remove("submission.parquet")
-
-
-def test_its_own_server_is_asked_where_another_one_serves(paths, own_ports):
-    def predict(_sequence: object, _demographics: object) -> str:
-        return "Text on phone"
-
-    other = CMIInferenceServer(predict)
-    other.serve()
-    CMIInferenceServer(one_gesture).run_local_gateway(paths)
-    assert pl.read_parquet("submission.parquet")["gesture"].unique().to_list() == ["Wave hello"]
     assert other.server.port == own_ports[0]
     other.server.stop(0)
 
 
-def raising(error: Exception) -> Callable[..., str]:
-    def predict(_sequence: object, _demographics: object) -> str:
-        raise error
+def test_a_late_start_is_warned_about_once(paths, monkeypatch, recwarn):
+    monkeypatch.setattr(templates, "_initial_import_time", time.time() - 1000)
+    monkeypatch.setattr(templates, "_issued_startup_time_warning", value=False)
+    for _ in range(2):
+        CMIInferenceServer(waving).run_local_gateway(paths)
+    text = "seconds elapsed before server startup. The gateway of the hidden re-run waits for 900."
+    assert sum(text in str(warning.message) for warning in recwarn) == 1
 
-    return predict
+
+@pytest.mark.parametrize("original", ["0", "1"])
+@pytest.mark.usefixtures("paths")
+def test_a_folder_whose_name_is_a_pattern(tmp_path, monkeypatch, original):
+    monkeypatch.setenv("KAGGLE_EVALUATION_ORIGINAL_DTYPES", original)
+    files = write_files(tmp_path / "a[2025]*b", ("SEQ_9", "SUBJ_A", 2, True))
+    CMIInferenceServer(waving).run_local_gateway(files)
+    assert pl.read_parquet("submission.parquet").rows() == [("SEQ_9", "Wave hello")]
 
 
-def returning(value: object) -> Callable[..., object]:
-    def predict(_sequence: object, _demographics: object) -> object:
-        return value
-
-    return predict
+RAISED, INVALID = Kind.SERVER_RAISED_EXCEPTION, Kind.INVALID_SUBMISSION
+TRACEBACK = r"predict failed:\nTraceback"
 
 
 @pytest.mark.parametrize(
-    ("listener", "kind", "details"),
+    ("answer", "kind", "details", "stderr"),
     [
-        (raising(ValueError("boom")), Kind.SERVER_RAISED_EXCEPTION, r"boom"),
-        (
-            raising(ValueError('a "quoted" ü word')),
-            Kind.SERVER_RAISED_EXCEPTION,
-            r'a "quoted" ü word',
-        ),
-        (raising(ValueError()), Kind.SERVER_RAISED_EXCEPTION, r""),
-        (raising(ValueError("a\nb")), Kind.SERVER_RAISED_EXCEPTION, r"(?s)<_Inactive.*: a\nb.*>"),
-        (raising(ValueError("x" * 20_000)), Kind.SERVER_RAISED_EXCEPTION, r"x{5000,} … \(cut.*"),
-        (returning(np.array(GESTURES)[0]), Kind.SERVER_RAISED_EXCEPTION, r""),
-        (returning({1, 2}), Kind.SERVER_RAISED_EXCEPTION, r"Type <class 'set'> cannot be sent.*"),
-        (returning(None), Kind.INVALID_SUBMISSION, r".*NoneType.*"),
-        (returning("Hello"), Kind.INVALID_SUBMISSION, r'.*"Hello".*'),
-        (print, Kind.SERVER_MISSING_ENDPOINT, r".*predict.*"),
+        (ValueError("boom"), RAISED, r"boom", TRACEBACK + r"(?!.*_answer).*raise answer"),
+        (ValueError('a "quoted" ü word'), RAISED, r'a "quoted" ü word', TRACEBACK),
+        (ValueError(""), RAISED, r"", TRACEBACK),
+        (ValueError("a\nb"), RAISED, r"(?s)<_Inactive.*: a\nb.*>", TRACEBACK),
+        (ValueError("x" * 20_000), RAISED, r"x{5000,} … \(cut.*", TRACEBACK),
+        (np.array(GESTURES)[0], RAISED, r"", r"becomes a plain str with str\(label\)"),
+        ({1, 2}, RAISED, r"Type <class 'set'> cannot be sent.*", TRACEBACK),
+        (None, INVALID, r".*NoneType.*", ""),
+        ("Hello", INVALID, r'.*"Hello".*', ""),
+        (print, Kind.SERVER_MISSING_ENDPOINT, r".*predict.*", ""),
     ],
 )
-def test_what_fails_in_a_local_run(paths, capfd, listener, kind, details):
-    server = CMIInferenceServer(listener)
+def test_what_fails_in_a_local_run(paths, capfd, answer, kind, details, stderr):
+    server = CMIInferenceServer(print if answer is print else answering(answer))
     error = failure(server.run_local_gateway, paths)
     assert error.error_type is kind
     assert re.fullmatch(details, error.error_details)
@@ -476,19 +394,11 @@ def test_what_fails_in_a_local_run(paths, capfd, listener, kind, details):
     assert server.server.port is None
     captured = capfd.readouterr()
     assert re.search(r"stopped +done=0/3.*failed at SEQ_", captured.out)
-    if kind is Kind.SERVER_RAISED_EXCEPTION:
-        assert "predict failed:\nTraceback" in captured.err
-    if "boom" in details:
-        assert "raise error" in captured.err
-        assert "_answer" not in captured.err
-
-
-def test_the_note_about_numpy_labels_is_printed(paths, capfd):
-    failure(CMIInferenceServer(returning(np.str_("Wave hello"))).run_local_gateway, paths)
-    assert "becomes a plain str with str(label)" in capfd.readouterr().err
+    assert re.search(stderr, captured.err, re.DOTALL)
 
 
 def test_a_call_beyond_its_deadline(paths, monkeypatch):
+    """Not the first one, which may load models."""
     calls = itertools.count()
 
     def predict(_sequence: object, _demographics: object) -> str:
@@ -499,63 +409,52 @@ def test_a_call_beyond_its_deadline(paths, monkeypatch):
     error = failure(CMIInferenceServer(predict).run_local_gateway, paths)
     assert (error.error_type, error.error_details) == (Kind.GRPC_DEADLINE_EXCEEDED, None)
     assert next(calls) == 3
+    assert "within 0.3 s, the limit of every call but the first" in error.__notes__[0]
 
 
-def test_faults_of_the_files_are_the_gateways(paths, tmp_path):
-    server = CMIInferenceServer(one_gesture)
-    (tmp_path / "nothing.csv").write_text("sequence_id,subject\n")
-    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
-    for name, text in (
-        ("missing.csv", "No such file"),
-        ("other.csv", "sequence_id"),
-        ("nothing.csv", "IndexError"),
-    ):
-        error = failure(server.run_local_gateway, (tmp_path / name, paths[1]))
-        assert error.error_type is Kind.GATEWAY_RAISED_EXCEPTION
-        assert text in error.error_details
-        assert "Traceback" in error.error_details
-
-
-def test_surplus_arguments_are_refused(paths):
-    server = CMIInferenceServer(one_gesture)
-    with pytest.raises(TypeError):
-        server.run_local_gateway(paths, None, "more")
-    server.run_local_gateway(paths)
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        (None, "No such file"),
+        ("a,b\n1,2\n", "sequence_id"),
+        ("sequence_id,subject\n", "IndexError"),
+    ],
+)
+def test_faults_of_the_files_are_the_gateways(paths, written, text):
+    if written:
+        Path("test.csv").write_text(written)
+    error = failure(CMIInferenceServer(waving).run_local_gateway, ("test.csv", paths[1]))
+    assert error.error_type is Kind.GATEWAY_RAISED_EXCEPTION
+    assert text in error.error_details
+    assert "Traceback" in error.error_details
 
 
 def test_the_rerun_writes_result_json_and_returns(paths, monkeypatch):
     monkeypatch.setattr(base_gateway, "IS_RERUN", value=True)
-    for listener, succeeded in ((one_gesture, True), (raising(ValueError("boom")), False)):
+    failed = {"Succeeded": False, "ErrorType": 3, "ErrorName": "SERVER_RAISED_EXCEPTION"}
+    failed["ErrorDetails"] = "boom"
+    for listener, result in (
+        (waving, {"Succeeded": True}),
+        (answering(ValueError("boom")), failed),
+    ):
         server = CMIInferenceServer(listener)
         server.serve()
         gateway = CMIGateway(paths)
         assert gateway.client.channel_address == "inference_server"
         gateway.client.channel_address = "localhost"
         assert gateway.run() is None
-        result = json.loads(Path("result.json").read_text())
-        assert result["Succeeded"] is succeeded
+        assert result_json() == result
         server.server.stop(0)
-    assert result == {
-        "Succeeded": False,
-        "ErrorType": 3,
-        "ErrorName": "SERVER_RAISED_EXCEPTION",
-        "ErrorDetails": "boom",
-    }
-
-
-def test_the_rerun_without_its_other_container(paths, monkeypatch):
-    monkeypatch.setattr(base_gateway, "IS_RERUN", value=True)
     gateway = CMIGateway(paths)
-    gateway.client.channel_address = "inference-server.invalid"
+    gateway.client.channel_address = "inference-server.invalid"  # the other container has gone
     gateway.run()
-    result = json.loads(Path("result.json").read_text())
-    assert (result["ErrorType"], result["ErrorDetails"]) == (1, None)
-
-
-# ---- progress ----------------------------------------------------------------------------------
+    assert (result_json()["ErrorType"], result_json()["ErrorDetails"]) == (1, None)
 
 
 def test_no_silence_while_a_call_lasts(monkeypatch, capsys):
+    expected = {0: "0.0s", 59.94: "59.9s", 61: "1m01s", 3599.6: "1h00m", 7620: "2h07m"}
+    assert {seconds: progress.duration(seconds) for seconds in expected} == expected
+    assert progress.INTERVAL_SECONDS <= 30
     monkeypatch.setattr(progress, "INTERVAL_SECONDS", 0.4)
     with progress.Progress() as counter:
         counter.total = 3
@@ -565,48 +464,32 @@ def test_no_silence_while_a_call_lasts(monkeypatch, capsys):
         time.sleep(1.4)
         counter.end("Wave hello")
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) in (4, 5)  # after the first answer, 2 or 3 in between, at the end
-    assert re.search(r"done=1/3 .* waiting=1\.\ds for SEQ_2  answers: Wave hello 1", lines[-2])
-    assert re.search(r"done=2/3 .* slowest=1\.\ds SEQ_2  answers: Wave hello 2", lines[-1])
+    assert len(lines) >= 4  # after the first answer, 2 or more in between, at the end
+    assert re.search(r"done=1/3 .* waiting=[1-9]\S*s for SEQ_2  answers: Wave hello 1", lines[-2])
+    assert re.search(r"done=2/3 .* slowest=[1-9]\S*s SEQ_2  answers: Wave hello 2", lines[-1])
 
-
-def test_the_promised_interval():
-    assert progress.INTERVAL_SECONDS <= 30
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0.0s"), (59.94, "59.9s"), (61, "1m01s"), (3599.6, "1h00m"), (7620, "2h07m")],
-)
-def test_durations(seconds, text):
-    assert progress.duration(seconds) == text
-
-
-# ---- the package -------------------------------------------------------------------------------
 
 NOTEBOOK = """
-    import os, sys
-    from {package}.cmi_inference_server import CMIInferenceServer
+import os, sys
+from {package}.cmi_inference_server import CMIInferenceServer
 
-    def predict(sequence, demographics):
-        assert "kaggle_evaluation" not in sys.modules or not {alone}
-        return "Wave hello"
+def predict(sequence, demographics):
+    assert "kaggle_evaluation" not in sys.modules or not {alone}
+    return "Wave hello"
 
-    server = CMIInferenceServer(predict)
-    if os.getenv("KAGGLE_IS_COMPETITION_RERUN"):
-        server.serve()
-    else:
-        server.run_local_gateway(data_paths=sys.argv[1:])
+server = CMIInferenceServer(predict)
+if os.getenv("KAGGLE_IS_COMPETITION_RERUN"):
+    server.serve()
+else:
+    server.run_local_gateway(data_paths=sys.argv[1:])
 """
 
 
 @pytest.mark.parametrize("package", ["kaggle_evaluation", "vendor.inner.kaggle_evaluation"])
 def test_a_notebook_runs_unchanged_also_with_a_copy_in_a_subpackage(paths, tmp_path, package):
     target = tmp_path / "lib" / package.replace(".", "/")
-    shutil.copytree(
-        ROOT / "kaggle_evaluation", target, ignore=shutil.ignore_patterns("__pycache__")
-    )
-    code = textwrap.dedent(NOTEBOOK.format(package=package, alone=package != "kaggle_evaluation"))
+    shutil.copytree(ROOT / "kaggle_evaluation", target)
+    code = NOTEBOOK.format(package=package, alone=package != "kaggle_evaluation")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "lib")}
     done = subprocess.run(
         [sys.executable, "-c", code, *paths], env=environment, capture_output=True, text=True
@@ -615,14 +498,19 @@ def test_a_notebook_runs_unchanged_also_with_a_copy_in_a_subpackage(paths, tmp_p
     assert pl.read_parquet("submission.parquet").height == 3
 
 
-def test_only_relative_imports_and_no_path_tricks():
+def test_imports_are_relative_and_nothing_is_evaluated_or_unpickled():
+    """Also in the modules that no notebook imports; the copy above needs no `sys.path`."""
     for path in (ROOT / "kaggle_evaluation").rglob("*.py"):
-        code = path.read_text()
-        assert "sys.path" not in code, path
-        assert not re.search(r"^\s*(import|from) kaggle_evaluation", code.split('"""')[2], re.M), (
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        modules = {
+            alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names
+        }
+        modules |= {n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level}
+        assert not {name.partition(".")[0] for name in modules} & {"kaggle_evaluation", "pickle"}, (
             path
         )
-        assert not re.search(r"\b(eval|exec|pickle\.loads?)\(", code), path
+        used = {ast.unparse(node) for node in nodes if isinstance(node, ast.Name | ast.Attribute)}
+        assert not used & {"sys.path", "eval", "exec"}, path
 
 
 @pytest.mark.skipif("CMI_REAL_DATA" not in os.environ, reason="CMI_REAL_DATA names no folder")
@@ -630,7 +518,7 @@ def test_only_relative_imports_and_no_path_tricks():
 def test_the_public_test_files():
     folder = Path(os.environ["CMI_REAL_DATA"])
     files = folder / "test.csv", folder / "test_demographics.csv"
-    CMIInferenceServer(one_gesture).run_local_gateway(files)
+    CMIInferenceServer(waving).run_local_gateway(files)
     submission = pl.read_parquet("submission.parquet")
     assert sorted(submission["sequence_id"]) == ["SEQ_000001", "SEQ_000011"]
     assert batches_of(CMIGateway(files))["SEQ_000001"][0].columns == HEADER

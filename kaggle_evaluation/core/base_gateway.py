@@ -137,9 +137,9 @@ class BaseGateway:
         if isinstance(exception, socket.gaierror) or (
             isinstance(exception, RuntimeError) and never_started in text
         ):
-            raise GatewayRuntimeError(kinds.SERVER_NEVER_STARTED) from None
+            raise _with_note(kinds.SERVER_NEVER_STARTED, text) from None
         if isinstance(exception, relay.GRPCDeadlineError):
-            raise GatewayRuntimeError(kinds.GRPC_DEADLINE_EXCEEDED) from None
+            raise _with_note(kinds.GRPC_DEADLINE_EXCEEDED, text) from None
         if f"No listener for {endpoint} was registered" in text:
             raise GatewayRuntimeError(
                 kinds.SERVER_MISSING_ENDPOINT, f"Server did not register a listener for {endpoint}"
@@ -237,6 +237,13 @@ class BaseGateway:
                 shutil.copytree(source, target, dirs_exist_ok=True)
             else:
                 shutil.copy2(source, target)
+
+
+def _with_note(kind: GatewayRuntimeErrorType, note: str) -> GatewayRuntimeError:
+    """An error without details, as the original has it, whose traceback says more."""
+    error = GatewayRuntimeError(kind)
+    error.add_note(note)
+    return error
 
 
 def _exception_text(error: grpc.RpcError) -> str:

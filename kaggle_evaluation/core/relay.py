@@ -132,7 +132,8 @@ class Client:
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise GRPCDeadlineError(
-                    f"No answer within {self.endpoint_deadline_seconds} s."
+                    f"No answer within {self.endpoint_deadline_seconds} s, the limit of every call "
+                    "but the first: load models in that one, and do less in the others."
                 ) from error
             raise
 
