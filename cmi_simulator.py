@@ -36,8 +36,8 @@ Frames of reference
     room    x right, y forward, z up, origin between the hips; the wearer faces y
     trunk   x right, y forward, z from the hips to the head; turned by the posture
     head    the same axes, fixed to the head
-    device  x from the wrist to the elbow, y to the thumb, z out of the inner wrist, where all
-            five sensors look; so for a right wrist, others are maps of it (section 10)
+    device  x to the thumb, y from the elbow to the hand, z out of the inner wrist, where all five
+            sensors look; so for a right wrist, others are maps of it (section 10)
     world   the room, turned about z by the direction that the wearer faces
 
 Units are SI: m, s, m/s², rad; °C. A ToF pixel counts TOF_UNIT. Quaternions are (w, x, y, z) and
@@ -52,7 +52,7 @@ import json
 import sys
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,17 +94,16 @@ MOVES, RELAXES = "Moves hand to target location", "Relaxes and moves hand to tar
 BEHAVIORS = (MOVES, RELAXES, "Hand at target location", "Performs gesture")
 
 SAMPLE_PERIOD = 0.1  # s; unpublished, 10 Hz fits the real recordings
-GRAVITY = 9.74  # m/s², what the real accelerometers show on average
+GRAVITY = 9.88  # m/s², what the real accelerometers show at rest
 NOTHING, MISSING = 254, 255  # codes of a ToF pixel
 TOF_MAX = 249
-TOF_UNIT = 0.00135  # m; the real unit is unpublished, this one gives the real distances
+TOF_UNIT = 0.00132  # m; the real unit is unpublished, this one gives the real distances
 
 # %% [markdown]
 # ## 2 Gestures
 #
-# Three tables, a line a gesture: when it is done, where the hand is, how it moves there. Gestures
-# are hard to tell apart where their lines are alike: a wearer's habits (section 4) are of the size
-# of the differences.
+# Three tables, a line a gesture: when it is done, where the hand is, how it moves there. A wearer's
+# habits (section 4) are of the size of the differences between the lines of some gestures.
 
 
 # %%
@@ -131,21 +130,19 @@ class Place:
     spot: tuple[float, ...]
     wrist: Vec3  # direction from the fingertips to the wrist, axes of the part
     swivel: float  # of the elbow, outwards from where it hangs
-    twist: float  # of the palm about the forearm, from facing the spot
+    supine: float  # of the forearm: 0 the thumb, 90 the palm looks to the shoulder
     curl: float  # of the fingers towards the palm: how much of the own hand the sensors see
     normal: Vec3 = (0.0, 0.0, 0.0)  # where the back of the hand looks; head and neck know theirs
 
 
 @dataclass(frozen=True, slots=True)
 class Motion:
-    """How the hand moves, along and about the device's axes."""
+    """How the hand moves. Arm axes: across the forearm in the arm's plane, along it, hinge."""
 
     rate: float  # cycles per row of the rhythm; 0.5 is the fastest that 10 Hz can show
-    push: Vec3  # m/s², amplitude of the rhythm
-    turn: Vec3  # degrees, amplitude of the rhythm
+    turn: Vec3  # degrees, amplitude of the rhythm about the arm's axes
+    push: Vec3  # m/s², what the wrist and the shoulder add to it, along the arm's axes
     jitter: float  # m/s², movement without a rhythm
-    sweep: Vec3 = (0.0, 0.0, 0.0)  # degrees, once or twice in a gesture
-    carry: Vec3 = (0.0, 0.0, 0.0)  # m, displacement that goes with the sweep
 
 
 TARGET, OTHER = "Target", "Non-Target"
@@ -173,45 +170,45 @@ GESTURES = (
 NAMES = tuple(g.name for g in GESTURES)
 PARTS = ("head", "neck", "trunk", "lap", "tray")
 # fmt: off
-PLACES = (  # part, spot, wrist, swivel, twist, curl, normal; one line for each of GESTURES
-    Place("head", (86, 16), (0.42, 0.24, -0.38), 62, 22, 36),
-    Place("head", (48, -22), (0.30, 0.50, -0.50), 36, 0, 38),
-    Place("head", (24, 14), (0.60, 0.25, -0.35), 60, 0, 42),
-    Place("head", (26, 6), (0.60, 0.28, -0.38), 58, 0, 45),
-    Place("head", (18, 50), (0.60, 0.20, -0.15), 72, 0, 32),
-    Place("head", (14, 34), (0.65, 0.25, -0.20), 68, 0, 25),
-    Place("neck", (66, 5), (0.40, 0.46, -0.28), 52, 16, 37),
-    Place("neck", (80, 0), (0.50, 0.50, -0.15), 54, 6, 30),
-    Place("head", (0, -35), (0.25, 0.75, -0.60), 40, 55, 60),
-    Place("tray", (0.05, 0.40, 0.08), (0.25, -0.65, 0.55), 35, 0, 45, (0, 0, 1)),
-    Place("head", (60, 4), (0.35, 0.75, -0.25), 48, -25, 35),
-    Place("lap", (0.11, 0.36, 0.075), (0.25, -0.60, 0.25), 35, 30, 45, (0, 0, 1)),
-    Place("trunk", (0.10, 0.42, 0.16), (0.40, -0.20, -0.60), 35, 0, 25, (0, 1, 0)),
-    Place("lap", (0.11, 0.33, 0.075), (0.25, -0.60, 0.25), 38, 33, 25, (0, 0, 1)),
-    Place("trunk", (0.02, 0.36, -0.06), (0.50, -0.30, -0.35), 25, 0, 55, (0, 0.5, -0.8)),
-    Place("trunk", (0.30, 0.30, 0.30), (0.15, 0.10, -0.85), 45, 0, 5, (0, -1, 0)),
-    Place("trunk", (0.15, 0.48, 0.14), (0.25, -0.80, -0.30), 45, 0, 40, (0, -0.2, 1)),
-    Place("lap", (0.10, 0.33, 0.075), (0.25, -0.60, 0.20), 35, 35, 42, (0, 0, 1)),
+PLACES = (  # part, spot, wrist, swivel, supine, curl, normal; one line for each of GESTURES
+    Place("head", (86, 16), (0.42, 0.24, -0.38), 46, 20, 29),
+    Place("head", (48, -22), (0.30, 0.50, -0.50), 40, 50, 31),
+    Place("head", (24, 14), (0.48, 0.27, -0.42), 36, 62, 35),
+    Place("head", (26, 6), (0.48, 0.30, -0.45), 36, 28, 38),
+    Place("head", (18, 50), (0.45, 0.25, -0.30), 36, 74, 25),
+    Place("head", (14, 34), (0.46, 0.28, -0.35), 36, 62, 18),
+    Place("neck", (66, 5), (0.40, 0.46, -0.28), 42, -8, 30),
+    Place("neck", (80, 0), (0.50, 0.50, -0.15), 42, 4, 23),
+    Place("head", (0, -35), (0.25, 0.75, -0.60), 35, 15, 18),
+    Place("tray", (0.05, 0.42, 0.17), (0.25, -0.75, 0.40), 30, -48, 34, (0, 0, 1)),
+    Place("head", (60, 4), (0.35, 0.75, -0.25), 36, 60, 14),
+    Place("lap", (0.11, 0.47, 0.08), (0.30, -0.60, 0.14), 38, -28, 45, (0, 0, 1)),
+    Place("trunk", (0.10, 0.42, 0.16), (0.40, -0.20, -0.60), 38, -10, 25, (0, 1, 0)),
+    Place("lap", (0.11, 0.46, 0.08), (0.30, -0.60, 0.14), 40, -15, 25, (0, 0, 1)),
+    Place("trunk", (0.00, 0.36, -0.24), (0.50, -0.20, 0.25), 28, 26, 28, (0, 0.5, -0.8)),
+    Place("trunk", (0.24, 0.34, 0.26), (0.10, -0.10, -0.85), 40, -35, 5, (0, -1, 0)),
+    Place("trunk", (0.12, 0.42, 0.18), (0.20, -0.45, -0.75), 40, 5, 30, (0, -0.2, 1)),
+    Place("lap", (0.10, 0.46, 0.08), (0.30, -0.60, 0.12), 36, -38, 42, (0, 0, 1)),
 )
-MOTIONS = (  # rate, push, turn, jitter, sweep, carry
-    Motion(0.20, (0.5, 0.4, 0.9), (5, 2, 3), 0.65),
-    Motion(0.13, (0.1, 0.1, 0.1), (1, 1, 1), 0.65),
-    Motion(0.27, (0.3, 0.2, 0.4), (3, 1, 2), 0.58),
-    Motion(0.25, (0.2, 0.2, 0.3), (3, 1, 1), 0.45),
-    Motion(0.30, (0.5, 0.3, 0.9), (6, 2, 2), 0.55),
-    Motion(0.46, (0.4, 0.8, 0.4), (2, 1, 4), 0.35),
-    Motion(0.16, (0.3, 0.3, 0.5), (4, 2, 3), 0.72),
-    Motion(0.46, (0.7, 0.6, 0.6), (2, 2, 4), 0.50),
-    Motion(0.05, (0.0, 0.0, 0.0), (0, 0, 0), 0.90, (30, 12, 30), (0.03, 0.02, 0.06)),
-    Motion(0.16, (0.4, 0.4, 0.6), (3, 3, 4), 0.65, (12, 10, 16), (0.04, 0.04, 0.06)),
-    Motion(0.10, (0.3, 0.2, 0.3), (4, 3, 3), 0.85, (22, 10, 20), (0.05, 0.02, 0.06)),
-    Motion(0.14, (0.2, 0.2, 0.2), (2, 2, 2), 0.95),
-    Motion(0.13, (1.6, 1.3, 3.2), (18, 6, 10), 1.2),
-    Motion(0.46, (1.0, 0.7, 0.9), (2, 2, 4), 0.60),
-    Motion(0.33, (0.1, 0.1, 0.2), (1, 1, 1), 0.62),
-    Motion(0.22, (1.8, 4.8, 2.6), (8, 4, 22), 1.2),
-    Motion(0.19, (1.5, 2.6, 1.4), (6, 5, 8), 1.3, (8, 8, 14), (0.05, 0.04, 0.02)),
-    Motion(0.21, (0.5, 0.6, 0.3), (2, 3, 5), 0.65, (4, 4, 9), (0.03, 0.02, 0.0)),
+MOTIONS = (  # rate, turn, push, jitter
+    Motion(0.20, (1.5, 3.5, 3.5), (0.2, 0.3, 0.2), 0.40),
+    Motion(0.15, (0.3, 0.6, 0.5), (0.0, 0.1, 0.1), 0.50),
+    Motion(0.24, (0.7, 3.4, 1.5), (0.1, 0.2, 0.2), 0.36),
+    Motion(0.33, (0.3, 0.9, 0.4), (0.1, 0.1, 0.1), 0.27),
+    Motion(0.25, (1.2, 4.5, 2.2), (0.3, 0.4, 0.3), 0.40),
+    Motion(0.48, (0.2, 1.3, 0.3), (0.4, 0.6, 0.4), 0.28),
+    Motion(0.34, (0.4, 1.2, 0.5), (0.2, 0.3, 0.3), 0.42),
+    Motion(0.49, (0.2, 1.2, 0.3), (0.5, 0.7, 0.5), 0.30),
+    Motion(0.05, (12.0, 20.0, 25.0), (0.1, 0.1, 0.1), 0.85),
+    Motion(0.14, (4.0, 9.0, 5.0), (0.5, 0.4, 0.4), 0.62),
+    Motion(0.09, (8.0, 12.0, 16.0), (0.3, 0.3, 0.3), 0.60),
+    Motion(0.30, (0.5, 2.4, 0.9), (0.6, 0.6, 0.5), 0.55),
+    Motion(0.16, (4.0, 8.0, 13.0), (1.1, 1.0, 0.8), 0.70),
+    Motion(0.44, (0.2, 1.5, 0.4), (0.8, 0.9, 0.6), 0.36),
+    Motion(0.33, (0.2, 0.8, 0.3), (0.2, 0.2, 0.2), 0.32),
+    Motion(0.30, (6.0, 17.0, 6.0), (1.2, 1.2, 2.0), 0.80),
+    Motion(0.13, (9.0, 12.0, 12.0), (2.2, 1.5, 2.0), 1.05),
+    Motion(0.31, (0.6, 3.2, 0.9), (0.6, 0.7, 0.4), 0.50),
 )
 # fmt: on
 
@@ -219,6 +216,11 @@ MOTIONS = (  # rate, push, turn, jitter, sweep, carry
 def column(table: Sequence[Gesture | Place | Motion], name: str, gesture: I64) -> F64:
     """One column of a table for each recording. (N) → (N) or (N, 3)"""
     return np.array([getattr(line, name) for line in table], dtype=np.float64)[gesture]
+
+
+def by_posture(table: npt.ArrayLike, plan: Plan) -> F64:
+    """The entries of a table of ORIENTATIONS. → (N) or (N, …)"""
+    return np.array(table, dtype=np.float64)[plan.orientation]
 
 
 def part_is(gesture: I64, *parts: str) -> npt.NDArray[np.bool_]:
@@ -338,35 +340,40 @@ class Wearer:
 
 @dataclass(frozen=True, slots=True)
 class Habit:
-    """Standard deviations of one habit: of the wearer, of the wearer's gesture, of a recording."""
+    """Standard deviations of one habit of a wearer, and of what adds to it."""
 
     wearer: float
-    gesture: float
+    gesture: float  # in each gesture
     recording: float
+    posture: float = 0.0  # in each orientation
 
 
 HABITS = {
-    "place": Habit(4.0, 4.0, 2.0),  # degrees on the head
-    "approach": Habit(0.08, 0.07, 0.04),  # of a hand's length
-    "swivel": Habit(9.0, 5.0, 3.0),  # degrees
-    "twist": Habit(8.0, 5.0, 3.0),  # degrees
-    "curl": Habit(8.0, 10.0, 4.0),  # degrees
-    "strap": Habit(4.0, 0.0, 1.0),  # degrees, how the band sits
-    "slip": Habit(0.010, 0.0, 0.002),  # m, of the device on the wrist
-    "strength": Habit(0.42, 0.25, 0.18),  # logarithm of the amplitude
-    "jitter": Habit(0.40, 0.22, 0.18),  # the same for what has no rhythm
-    "rate": Habit(0.10, 0.10, 0.06),  # logarithm
-    "axis": Habit(0.15, 0.25, 0.10),  # of the direction of the rhythm
+    "place": Habit(5.0, 4.0, 2.5),  # degrees on the head
+    "approach": Habit(0.08, 0.08, 0.04),  # of a hand's length
+    "swivel": Habit(8.0, 4.0, 3.0, 10.0),  # degrees
+    "supine": Habit(9.0, 6.0, 5.0, 13.0),  # degrees
+    "curl": Habit(11.0, 10.0, 6.0),  # degrees
+    "strap": Habit(5.0, 0.0, 1.5),  # degrees, how the band sits
+    "slip": Habit(0.014, 0.0, 0.003),  # m, of the device on the wrist
+    "strength": Habit(0.42, 0.26, 0.28),  # logarithm of the amplitude
+    "jitter": Habit(0.36, 0.22, 0.24),  # the same for what has no rhythm
+    "rate": Habit(0.08, 0.09, 0.07),  # logarithm
+    "axis": Habit(0.15, 0.20, 0.10),  # of the direction of the rhythm
+    "lag": Habit(0.30, 0.0, 0.25),  # rows, of the accelerometer behind the rotation
+    "drift": Habit(0.018, 0.0, 0.010),  # rows a row, the same
 }
 
 
-def habit(wearer: Wearer, name: str, gesture: I64, rng: np.random.Generator, width: int) -> F64:
-    """One habit in each recording: the wearer's, the gesture's and the day's share. → (N, width)"""
+def habit(wearer: Wearer, name: str, plan: Plan, rng: np.random.Generator, width: int) -> F64:
+    """One habit in each recording, with its shares. → (N, width)"""
     of = HABITS[name]
     lasting = rng_for(wearer.seed, wearer.name, "habit", name)
     own = of.wearer * lasting.standard_normal(width)
     by_gesture = of.gesture * lasting.standard_normal((len(GESTURES), width))
-    return own + by_gesture[gesture] + of.recording * rng.standard_normal((len(gesture), width))
+    by_posture = of.posture * lasting.standard_normal((len(ORIENTATIONS), width))
+    now = of.recording * rng.standard_normal((len(plan), width))
+    return own + by_gesture[plan.gesture] + by_posture[plan.orientation] + now
 
 
 def shares(count: int, per_81: float, rng: np.random.Generator) -> int:
@@ -491,8 +498,9 @@ def draw_plan(wearer: Wearer, count: int, rng: np.random.Generator) -> Plan:
 
 # %%
 # pitch (forward is negative), roll (to the left is negative) of the trunk, then pitch of the head
-POSTURES = {STRAIGHT: (-4, 0, -4), LEAN: (-42, -14, -28), BACK: (86, 0, -8), SIDE: (4, -86, -4)}
-SWIVEL = {STRAIGHT: 25.0, LEAN: 75.0, BACK: 90.0, SIDE: 0.0}  # degrees more, by posture
+POSTURES = ((-4, 0, -4), (-42, -14, -28), (86, 0, -8), (4, -86, -4))
+SWIVEL = (0, -4, 33, -50)  # degrees more, by orientation: elbows sink
+SUPINE = (0, 26, 30, -22)  # the same of the forearm
 HEAD_RADII = np.array([0.081, 0.102, 0.123])
 NECK_RADII = np.array([0.060, 0.064, 0.085])
 
@@ -510,17 +518,20 @@ class Body:
     shoulder: F64  # (N, 3) the right one
 
 
+COLD, CLOTHED, SKIN = KINDS = range(3)
+
+
 @dataclass(frozen=True, slots=True)
 class Ellipsoid:
     """`squash` turns it into the unit sphere at the origin."""
 
     centre: F64  # (N or R, 3) room; R once rows are seen
     squash: F64  # (N or R, 3, 3)
-    skin: bool  # warm; else clothed
+    kind: int  # COLD, CLOTHED or SKIN
 
 
-def ellipsoid(centre: F64, axes: F64, radii: F64 | Vec3, skin: bool) -> Ellipsoid:
-    return Ellipsoid(centre, axes.swapaxes(-1, -2) / np.asarray(radii)[..., None], skin)
+def ellipsoid(centre: F64, axes: F64, radii: F64 | Vec3, kind: int) -> Ellipsoid:
+    return Ellipsoid(centre, axes.swapaxes(-1, -2) / np.asarray(radii)[..., None], kind)
 
 
 def picked(shape: Ellipsoid, which: I64 | slice) -> Ellipsoid:
@@ -535,25 +546,10 @@ def along(direction: F64) -> F64:
     return np.stack([x, np.cross(z, x), z], axis=-1)
 
 
-def clothed_shapes(body: Body, plan: Plan) -> list[Ellipsoid]:
-    """Torso, shoulders and thighs."""
-    k, lying = body.scale, np.isin(plan.orientation, [2, 3])[:, None]
-    right, up = body.trunk[..., 0], body.trunk[..., 2]
-    ahead = np.where(lying, -up, np.array([0.0, 0.97, -0.1]))
-    torso = body.chest - 0.24 * k * up
-    shapes = [ellipsoid(torso, body.trunk, k * np.array([0.175, 0.125, 0.31]), skin=False)]
-    for side in (0.15, -0.15):
-        joint = body.chest + k * (side * right - 0.03 * up)
-        shapes.append(ellipsoid(joint, body.trunk, k * np.array([0.09, 0.075, 0.07]), skin=False))
-    for side in (0.095, -0.095):
-        thigh = k * (side * right + 0.22 * ahead)
-        shapes.append(ellipsoid(thigh, along(ahead), k * np.array([0.09, 0.09, 0.30]), skin=False))
-    return shapes
-
-
 def body_shapes(wearer: Wearer, body: Body, plan: Plan) -> list[Ellipsoid]:
     """What keeps still within a recording: body, seat or bed, pillow, tray."""
     k, lying = body.scale, np.isin(plan.orientation, [2, 3])[:, None]
+    right, up = body.trunk[..., 0], body.trunk[..., 2]
     top = k * np.where(lying, -0.14, np.where(part_is(plan.gesture, "tray")[:, None], 0.02, -0.16))
     middle = 0.5 * body.chest[:, :2] + np.where(lying, 0.0, [0.0, 0.2])
     flat = np.broadcast_to(np.eye(3), body.trunk.shape)
@@ -561,22 +557,29 @@ def body_shapes(wearer: Wearer, body: Body, plan: Plan) -> list[Ellipsoid]:
     hair = body.skull - k * (0.03 * body.head[..., 1] + (0.01 + 0.07 * long) * body.head[..., 2])
     locks = k * np.array([0.095 + 0.02 * long, 0.095, 0.13 + 0.07 * long])
     pillow = body.skull - np.where(lying, [0.0, 0.0, 0.13], [0.0, 0.0, 9.0]) * k
+    torso, ahead = body.chest - 0.24 * k * up, np.where(lying, -up, np.array([0.0, 0.97, -0.1]))
+    joints = [body.chest + k * (side * right - 0.03 * up) for side in (0.15, -0.15)]
+    thighs = [k * (side * right + 0.22 * ahead) for side in (0.095, -0.095)]
+    limb, thigh = k * np.array([0.09, 0.075, 0.07]), k * np.array([0.09, 0.09, 0.30])
     return [
-        ellipsoid(body.skull, body.head, k * HEAD_RADII, skin=True),
-        ellipsoid(body.neck, body.trunk, k * NECK_RADII, skin=True),
-        ellipsoid(hair, body.head, locks, skin=False),
-        *clothed_shapes(body, plan),
-        ellipsoid(np.concatenate([middle, top - 0.05], axis=1), flat, (0.6, 0.6, 0.05), skin=False),
-        ellipsoid(pillow, flat, (0.30, 0.24, 0.07), skin=False),
+        ellipsoid(body.skull, body.head, k * HEAD_RADII, SKIN),
+        ellipsoid(body.neck, body.trunk, k * NECK_RADII, SKIN),
+        ellipsoid(hair, body.head, locks, CLOTHED),
+        ellipsoid(torso, body.trunk, k * np.array([0.175, 0.125, 0.31]), CLOTHED),
+        *(ellipsoid(joint, body.trunk, limb, CLOTHED) for joint in joints),
+        *(ellipsoid(leg, along(ahead), thigh, CLOTHED) for leg in thighs),
+        ellipsoid(np.concatenate([middle, top - 0.05], axis=1), flat, (0.6, 0.6, 0.05), COLD),
+        ellipsoid(pillow, flat, (0.30, 0.24, 0.07), COLD),
     ]
 
 
 @dataclass(frozen=True, slots=True)
 class Pose:
-    """Device in the room."""
+    """Device in the room, and how the forearm is turned about itself."""
 
     wrist: F64  # (N, 3)
     rot: F64  # (N, 4) device → room
+    supine: F64  # (N) rad; 0 at rest, where nobody asks
 
 
 def turned(pitch: F64, roll: F64, yaw: F64) -> F64:
@@ -591,7 +594,7 @@ def pose_body(wearer: Wearer, plan: Plan, rng: np.random.Generator) -> Body:
     """Posture of each recording, with the wearer's way to sit and lie."""
     n, lasting = len(plan), rng_for(wearer.seed, wearer.name, "posture")
     own = lasting.normal(0, 5.0, (len(ORIENTATIONS), 5))[plan.orientation]
-    pitch, roll, nod = np.array([POSTURES[o] for o in ORIENTATIONS])[plan.orientation].T
+    pitch, roll, nod = by_posture(POSTURES, plan).T
     pitch, roll, yaw, nod, tilt = np.stack([pitch, roll, 0 * roll, nod, 0 * roll]) + (
         own.T + rng.normal(0, 2.0, (5, n))
     )
@@ -646,70 +649,55 @@ def bend_arm(wearer: Wearer, body: Body, wrist: F64, swivel: F64) -> F64:
     return wrist - back * along + radius * swung
 
 
-def hold_device(wrist: F64, elbow: F64, facing: F64, twist: F64, strap: F64) -> Pose:
-    """Device on the inner wrist, palm towards `facing`. (N, 3) …, (N) rad, (N, 3) rad → Pose"""
-    x = unit(elbow - wrist)
-    z = unit(facing - (facing * x).sum(axis=1, keepdims=True) * x)
-    plain = q_from_axes(x, np.cross(z, x), z)
-    turn = np.stack([twist, 0 * twist, 0 * twist], axis=1)
-    return Pose(wrist, q_mul(plain, q_mul(q_exp(turn), q_exp(strap))))
-
-
 def pose_target(wearer: Wearer, plan: Plan, body: Body, rng: np.random.Generator) -> Pose:
     """Hand at the gesture's place."""
     g = plan.gesture
-    place, normal, axes = touched(body, g, habit(wearer, "place", g, rng, 3))
-    approach = column(PLACES, "wrist", g) + habit(wearer, "approach", g, rng, 3)
+    place, normal, axes = touched(body, g, habit(wearer, "place", plan, rng, 3))
+    approach = column(PLACES, "wrist", g) + habit(wearer, "approach", plan, rng, 3)
     hand = 0.128 * body.scale
     wrist = place + hand * unit(0.20 * normal + turn_by(axes, approach))
-    twist = column(PLACES, "twist", g) + habit(wearer, "twist", g, rng, 1)[:, 0]
-    twist = twist + 14.0 * part_is(g, "head", "neck")  # palms look lower than the place they touch
-    swivel = column(PLACES, "swivel", g) + habit(wearer, "swivel", g, rng, 1)[:, 0]
-    swivel = swivel + np.array([SWIVEL[o] for o in ORIENTATIONS])[plan.orientation]
-    strap = np.radians(habit(wearer, "strap", g, rng, 3))
-    elbow = bend_arm(wearer, body, wrist, np.radians(swivel))
-    inwards = unit(place - 0.07 * normal - wrist)
-    facing = np.where(part_is(g, "head", "neck")[:, None], inwards, -normal)
-    return hold_device(wrist, elbow, facing, np.radians(twist), strap)
+    supine = column(PLACES, "supine", g) + habit(wearer, "supine", plan, rng, 1)[:, 0]
+    supine = np.radians(supine + by_posture(SUPINE, plan))
+    swivel = column(PLACES, "swivel", g) + habit(wearer, "swivel", plan, rng, 1)[:, 0]
+    strap = np.radians(habit(wearer, "strap", plan, rng, 3))
+    elbow = bend_arm(wearer, body, wrist, np.radians(swivel + by_posture(SWIVEL, plan)))
+    y, x = unit(wrist - elbow), body.shoulder - elbow
+    x = unit(x - (x * y).sum(axis=1, keepdims=True) * y)
+    plain = q_from_axes(x, y, np.cross(x, y))  # the thumb in the plane of the arm
+    turn = np.outer(supine, (0.0, 1.0, 0.0))
+    return Pose(wrist, q_mul(plain, q_mul(q_exp(turn), q_exp(strap))), supine)
 
 
-# wrist at rest in the trunk's axes (m from the chest, at 1.70 m) and where the palm looks there
-REST = {
-    STRAIGHT: (0.10, 0.20, -0.37),
-    LEAN: (0.08, 0.23, -0.29),
-    BACK: (0.17, 0.09, -0.40),
-    SIDE: (0.02, 0.17, -0.20),
-}
-
-
-def pushed_out(point: F64, shapes: list[Ellipsoid], margin: float) -> F64:
-    """Move points out of ellipsoids, away from their centres, to `margin` radii. (N, 3) → (N, 3)"""
-    for shape in shapes:
-        away = point - shape.centre
-        radii = np.linalg.norm(turn_by(shape.squash, away), axis=1, keepdims=True)
-        point = shape.centre + away * np.maximum(margin / np.maximum(radii, 1e-3), 1)
-    return point
+REST = (  # by orientation
+    ((0.08, 0.32, -0.35), (0.08, 0.34, -0.27), (0.17, 0.09, -0.40), (0.02, 0.25, -0.20)),  # wrist,
+    # m from the chest in the trunk's axes; then the vertical in the device's axes; then where the
+    # forearm points, degrees to the left of forward
+    ((0.54, -0.22, 0.81), (0.52, -0.22, 0.83), (0.62, -0.05, 0.78), (0.78, -0.40, 0.45)),
+    (35, 35, -50, 75),
+)
 
 
 def pose_rest(wearer: Wearer, plan: Plan, body: Body, rng: np.random.Generator) -> Pose:
-    """Forearm in the lap or beside the body, palm up."""
+    """Forearm in the lap or beside the body, palm up; now and then somewhere else."""
     n, lasting = len(plan), rng_for(wearer.seed, wearer.name, "rest")
-    own = lasting.normal(0, (0.06, 0.05, 0.06, 0.25, 0.45), (len(ORIENTATIONS), 5))
-    change = own[plan.orientation] + rng.normal(0, (0.03, 0.03, 0.03, 0.12, 0.15), (n, 5))
-    local = np.array([REST[o] for o in ORIENTATIONS])[plan.orientation] + change[:, :3]
-    wrist = body.chest + body.scale * turn_by(body.trunk, local)
-    wrist = pushed_out(wrist, clothed_shapes(body, plan), 1.45)
-    elbow = bend_arm(wearer, body, wrist, 0.6 + change[:, 3])
-    elbow[:, 2] = np.maximum(elbow[:, 2], wrist[:, 2] + 0.09 * body.scale)
-    facing = unit(body.chest - wrist) * 0.5 + np.array([0.0, 0.0, 1.0])
-    strap = np.radians(habit(wearer, "strap", plan.gesture, rng, 3))
-    return hold_device(wrist, elbow, facing, -0.1 + change[:, 4], strap)
+    own = lasting.normal(0, (0.05, 0.05, 0.05, 14, 18, 25), (len(ORIENTATIONS), 6))
+    change = own[plan.orientation] + rng.normal(0, (0.03, 0.03, 0.03, 9, 12, 12), (n, 6))
+    change[:, 3:5] += (rng.random(n) < 0.12)[:, None] * rng.normal(0, 45, (n, 2))
+    local, up, heading = (by_posture(table, plan) for table in REST)
+    wrist = body.chest + body.scale * turn_by(body.trunk, local + change[:, :3])
+    up, ahead, zero = unit(up), np.array([0.0, 1.0, 0.0]), np.zeros(n)
+    flat = unit(ahead - up[:, 1:2] * up)  # the forearm's part across the vertical, device axes
+    plain = q_conj(q_from_axes(np.cross(flat, up), flat, up))  # device → room, forearm ahead
+    yaw = np.radians(np.stack([zero, zero, heading + change[:, 5]], axis=1))
+    tilt = np.radians(np.stack([change[:, 3], change[:, 4], zero], axis=1))
+    strap = np.radians(habit(wearer, "strap", plan, rng, 3))
+    return Pose(wrist, q_mul(q_mul(q_exp(yaw), plain), q_exp(tilt + strap)), zero)
 
 
 # %% [markdown]
 # ## 7 Motion
 #
-# A minimum-jerk reach carries the device from one pose to the other; rhythm, sweep and jitter are
+# A minimum-jerk reach carries the device from one pose to the other; rhythm and jitter are
 # added where the gesture is performed. Accelerations are analytic: second differences at 10 Hz
 # would lose most of a scratch at 4.5 Hz.
 
@@ -721,21 +709,41 @@ class Track:
 
     position: F64  # (R, 3)
     rot: F64  # (R, 4) device → room
-    linear: F64  # (R, 3) m/s² without gravity, device axes
+    felt: F64  # (R, 3) m/s² with gravity, device axes, by the accelerometer's clock
+    reached: F64  # (R) 0 at rest, 1 at the target
     recording: I64  # (R) index into the plan
     start: I64  # (N + 1)
 
 
-def minimum_jerk(rows: F64, duration: F64) -> tuple[F64, F64, F64]:
-    """0 → 1 within `duration`, with its first and second derivative per row. (R) → 3 × (R)
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """When something is looked at: t[r] rows after the beginning of recording of[r]."""
+
+    of: I64  # (R)
+    t: F64  # (R) may fall between rows
+    on: F64  # (R) 0…1, how much of the gesture is going on
+    start: I64  # (N + 1)
+
+    def read(self, series: F64) -> F64:
+        """A series of the rows, between its rows on straight lines. (R, …) → (R, …)"""
+        low = np.minimum(self.t.astype(np.int64), np.diff(self.start)[self.of] - 2)
+        share = (self.t - low).reshape(-1, *[1] * (series.ndim - 1))
+        low = self.start[self.of] + low
+        return np.asarray((1 - share) * series[low] + share * series[low + 1])
+
+
+Shift = tuple[F64, F64, F64]  # linear (R, 3) m/s² in device axes, turn (R, 3) rad, shift (R, 3) m
+Movement = Callable[[Moment], Shift]
+
+
+def minimum_jerk(rows: F64, duration: F64) -> tuple[F64, F64]:
+    """0 → 1 within `duration`, with its second derivative per row. (R) → 2 × (R)
 
     Flash and Hogan 1985: 10 τ³ − 15 τ⁴ + 6 τ⁵.
     """
     tau = np.clip(rows / duration, 0, 1)
     value = tau**3 * (10 + tau * (6 * tau - 15))
-    slope = 30 * tau**2 * (1 - tau) ** 2 / duration
-    bend = 60 * tau * (1 - tau) * (1 - 2 * tau) / duration**2
-    return value, slope, bend
+    return value, 60 * tau * (1 - tau) * (1 - 2 * tau) / duration**2
 
 
 def fading(keep: float, taps: int = 16) -> F64:
@@ -755,115 +763,151 @@ def lagged(x: F64, start: I64, recording: I64, keep: float, taps: int = 16) -> F
 
 
 def wander(rng: np.random.Generator, start: I64, recording: I64, keep: float, width: int) -> F64:
-    """Noise of unit variance that remembers; somewhat more in the first rows. → (R, width)"""
-    smooth = lagged(rng.standard_normal((len(recording), width)), start, recording, keep)
-    return smooth / np.linalg.norm(fading(keep))
+    """Noise of unit variance that remembers; more in the first rows. → (R, width)"""
+    noise = rng.standard_normal((len(recording), width)) / np.linalg.norm(fading(keep))
+    return lagged(noise, start, recording, keep)
 
 
 def draw_reach(plan: Plan, rng: np.random.Generator) -> F64:
     """When the hand is halfway: relaxing, arriving, departing; and how long it takes. → (4, N) rows
 
-    Relaxes: from the target to rest and back. Some hands leave before the last row.
+    Relaxes: from the target to rest and back. Most hands leave just before the last row.
     """
     n, moving = len(plan), plan.rows[:, 0].astype(np.float64)
-    lasts = rng.uniform(4.0, 7.5, n) * np.where(moving < 12, 0.8, 1.0)
-    relax = np.where(plan.relaxes == 1, rng.uniform(2, 5, n), -1e3)
+    lasts = rng.uniform(3.4, 6.8, n) * np.where(moving < 12, 0.8, 1.0)
+    relax = np.where(plan.relaxes == 1, rng.uniform(-0.5, 3.6, n), -1e3)
     arrive = moving - 0.5 * lasts - rng.uniform(-0.5, 2, n)
     arrive = np.where(plan.relaxes == 1, np.maximum(arrive, relax + lasts), arrive)
-    early = np.where(rng.random(n) < 0.3, rng.uniform(0.5, 2.5, n), 0.0)
+    early = np.where(rng.random(n) < 0.85, np.clip(rng.normal(2.2, 1.3, n), 0, 6), 0.0)
     return np.stack([relax, arrive, plan.rows.sum(axis=1) - early + 0.5 * lasts, lasts])
 
 
-def reach(plan: Plan, of: I64, t: F64, times: F64, longer: float) -> tuple[F64, F64, F64]:
-    """Share of the way from rest to target, with both derivatives per row. → 3 × (R)"""
-    relax_at, arrive_at, depart_at, lasts = times
-    lasts = longer * lasts[of]
-    relax, arrive, depart = (
-        minimum_jerk(t - at[of] + 0.5 * lasts, lasts) for at in (relax_at, arrive_at, depart_at)
-    )
-    stays = (plan.relaxes == 1)[of].astype(np.float64)
+def reach(plan: Plan, now: Moment, times: F64, longer: float) -> tuple[F64, F64]:
+    """Share of the way from rest to target, with its second derivative per row. → 2 × (R)
+
+    A `longer` way to the target ends, and one from there begins, as the plain one does.
+    """
+    relax_at, arrive_at, depart_at, lasts = times[:, now.of]
+    begins = relax_at - 0.5 * lasts, arrive_at + (0.5 - longer) * lasts, depart_at - 0.5 * lasts
+    relax, arrive, depart = (minimum_jerk(now.t - begin, longer * lasts) for begin in begins)
+    stays = (plan.relaxes == 1)[now.of].astype(np.float64)
     # sum of moves: (1 − relax) where it starts at the target, + arrive, − depart
     value = stays * (1 - relax[0]) + arrive[0] - depart[0]
-    slope = arrive[1] - stays * relax[1] - depart[1]
-    bend = arrive[2] - stays * relax[2] - depart[2]
-    return value, slope, bend
+    return value, arrive[1] - stays * relax[1] - depart[1]
+
+
+LEVER = 0.07  # m, from the wrist to what it turns about; a forearm's length if the elbow kept still
 
 
 def rhythm(
-    wearer: Wearer, plan: Plan, of: I64, t: F64, on: F64, rng: np.random.Generator
-) -> tuple[F64, F64, F64]:
-    """Movement with a beat. → linear (R, 3) m/s², turn (R, 3) rad, shift (R, 3) m
+    wearer: Wearer, plan: Plan, arm: F64, rows: Moment, rng: np.random.Generator
+) -> Movement:
+    """Movement with a beat. The amplitude breathes, the phase wanders: no hand is a metronome.
 
-    `on` (R) fades it in. The amplitude breathes, the phase wanders: no hand is a metronome.
+    A turn about an axis across the forearm carries the wrist along: fingers and elbow give way.
     """
     g = plan.gesture
-    rate = column(MOTIONS, "rate", g) * np.exp(habit(wearer, "rate", g, rng, 1)[:, 0])
-    strength = np.exp(habit(wearer, "strength", g, rng, 1))
-    bias = habit(wearer, "axis", g, rng, 6)
+    rate = column(MOTIONS, "rate", g) * np.exp(habit(wearer, "rate", plan, rng, 1)[:, 0])
+    strength = np.exp(habit(wearer, "strength", plan, rng, 1))
+    bias = habit(wearer, "axis", plan, rng, 6)
     push, turn = column(MOTIONS, "push", g), np.radians(column(MOTIONS, "turn", g))
     push = strength * (push + bias[:, :3] * np.linalg.norm(push, axis=1, keepdims=True))
     turn = strength * (turn + bias[:, 3:] * np.linalg.norm(turn, axis=1, keepdims=True))
-    phase = 2 * np.pi * rate[of] * t + np.cumsum(rng.normal(0, 0.35, len(t)))
-    breath = on * np.clip(1 + 0.35 * wander(rng, plan.start, of, 0.8, 1)[:, 0], 0.1, None)
-    wave, later = (breath * np.cos(phase))[:, None], (breath * np.cos(phase + 1.1))[:, None]
     omega = 2 * np.pi * rate[:, None] / SAMPLE_PERIOD
-    return -wave * push[of], later * turn[of], wave * (push / omega**2)[of]
+    lever = LEVER * np.cross(turn, (0.0, 1.0, 0.0))  # m, amplitude of the wrist
+    push, carry = turn_by(arm, push - lever * omega**2), turn_by(arm, lever + push / omega**2)
+    turn = turn_by(arm, turn)
+    straying = np.cumsum(rng.normal(0, 0.35, len(rows.t)))
+    breath = np.clip(1 + 0.35 * wander(rng, rows.start, rows.of, 0.8, 1)[:, 0], 0.1, None)
+
+    def at(now: Moment) -> Shift:
+        of = now.of
+        phase = 2 * np.pi * rate[of] * now.t + now.read(straying)
+        wave = (now.on * now.read(breath) * np.cos(phase))[:, None]
+        return wave * push[of], wave * turn[of], wave * carry[of]
+
+    return at
 
 
-def sweep(
-    wearer: Wearer, plan: Plan, of: I64, t: F64, on: F64, rng: np.random.Generator
-) -> tuple[F64, F64, F64]:
-    """Movement of the whole arm, once or twice in a gesture. Shapes as in rhythm."""
-    g = plan.gesture
-    size = np.exp(0.5 * habit(wearer, "strength", g, rng, 1))
-    carry, turn = size * column(MOTIONS, "carry", g), size * column(MOTIONS, "sweep", g)
-    slow = 2 * np.pi * rng.uniform(0.025, 0.065, (len(plan), 1))  # rad per row
-    first = rng.uniform(0, 2 * np.pi, (len(plan), 1))
-    swing = on[:, None] * np.sin(slow[of] * t[:, None] + first[of])
-    linear = -swing * (carry * (slow / SAMPLE_PERIOD) ** 2)[of]
-    return linear, swing * np.radians(turn)[of], swing * carry[of]
+QUIET = 0.10  # of the restlessness, while the gesture waits
+SHAKE = np.array([1.3, 0.7, 1.0])  # of the arm's axes, in the acceleration
+TREMBLE = np.radians((1.0, 3.4, 1.8))  # for each m/s²: a forearm turns about itself most easily
+DRIFT = np.radians((4.0, 6.0, 5.0))  # of the pose, about the arm's axes
 
 
 def restless(
-    wearer: Wearer, plan: Plan, of: I64, _t: F64, on: F64, rng: np.random.Generator
-) -> tuple[F64, F64, F64]:
-    """Movement without a rhythm: work of the fingers, fidgeting, drift. Shapes as in rhythm."""
-    g, start = plan.gesture, plan.start
-    amount = column(MOTIONS, "jitter", g) * np.exp(habit(wearer, "jitter", g, rng, 1)[:, 0])
-    level = (amount[of] * (0.12 + 0.88 * on))[:, None]
-    quick, tremble = wander(rng, start, of, 0.25, 3), wander(rng, start, of, 0.5, 3)
-    settled = rng.standard_normal((len(plan), 3))[of] * on[:, None]
-    drift = settled + wander(rng, start, of, 0.93, 3)
-    turn = np.radians(2.2) * drift + np.radians(2.5) * level * tremble
-    return level * quick, turn, 0.006 * drift + 0.006 * level * tremble
+    wearer: Wearer, plan: Plan, arm: F64, rows: Moment, rng: np.random.Generator
+) -> Movement:
+    """Movement without a rhythm: work of the fingers, sliding poses, and fidgets of who waits."""
+    g, start, of = plan.gesture, rows.start, rows.of
+    amount = column(MOTIONS, "jitter", g) * np.exp(habit(wearer, "jitter", plan, rng, 1)[:, 0])
+    quiet = QUIET * np.exp(rng.normal(0, 0.6, len(plan)))[of]
+    level = (amount[of] * (quiet + (1 - quiet) * rows.on))[:, None]
+    quick = turn_by(arm[of], SHAKE * rng.standard_normal((len(of), 3)))  # never between two rows
+    tremble = wander(rng, start, of, 0.1, 3)
+    drift = lagged(wander(rng, start, of, 0.9, 3), start, of, 0.8)  # smooth: poses slide
+    drift *= rng.lognormal(0, 0.5, (len(plan), 1))[of] * (0.06 + 0.94 * rows.on[:, None])
+    noise = lagged(wander(rng, start, of, 0.9, 3), start, of, 0.6)
+    waits = (rows.t > 15) & (rows.t < plan.rows[of, 0] - 8) & (plan.relaxes[of] == 0)
+    fidget = np.radians(60) * np.sign(noise) * np.maximum(np.abs(noise) - 1.4, 0) * waits[:, None]
+    turn = turn_by(arm[of], DRIFT * drift + TREMBLE * level * tremble + fidget)
+    shift = 0.01 * drift + 0.006 * level * tremble
+
+    def at(now: Moment) -> Shift:
+        return now.read(level) * quick, now.read(turn), now.read(shift)
+
+    return at
 
 
-MOVEMENTS = (rhythm, sweep, restless)
+def moment(plan: Plan, of: I64, t: F64, zeal: F64) -> Moment:
+    """`zeal` (N) is 1 where the gesture is done as it should."""
+    begins = plan.rows[:, :2].sum(axis=1)
+    on = zeal[of] * minimum_jerk(t - begins[of] + 1, np.full(len(t), 3.0))[0]
+    return Moment(of, t, on, plan.start)
+
+
+def accelerometer_clock(wearer: Wearer, plan: Plan, rows: Moment, rng: np.random.Generator) -> F64:
+    """What the accelerometer shows in each row was felt that long after the beginning. → (R) rows
+
+    It falls behind the rotation by a row in twenty, and catches up where a behaviour begins.
+    """
+    ends = np.cumsum(plan.rows, axis=1)[rows.of]
+    begins = np.where(rows.t >= ends[:, 1], ends[:, 1], (rows.t >= ends[:, 0]) * ends[:, 0])
+    late = 0.35 + habit(wearer, "lag", plan, rng, 1)[:, 0]
+    drift = np.maximum(0.05 + habit(wearer, "drift", plan, rng, 1)[:, 0], 0)
+    return np.maximum(rows.t - late[rows.of] - drift[rows.of] * (rows.t - begins), 0)
 
 
 def track(wearer: Wearer, plan: Plan, rest: Pose, target: Pose, rng: np.random.Generator) -> Track:
-    """From poses to rows: interpolate, add the movements, differentiate."""
+    """From poses to rows: interpolate, add the movements, and feel it by another clock."""
     start = plan.start
     of = np.repeat(np.arange(len(plan)), np.diff(start))
-    t = (np.arange(start[-1]) - start[of]).astype(np.float64)
+    zeal = np.where(rng.random(len(plan)) < 0.08, 0.35, 1.0)  # some gestures are hardly done
+    rows = moment(plan, of, (np.arange(start[-1]) - start[of]).astype(np.float64), zeal)
     times = draw_reach(plan, rng)
-    turned_by = reach(plan, of, t, times, 1.0)[0][:, None]
-    # the wrist turns quickly on a path that takes longer: real reaches show little acceleration
-    share, slope, bend = (v[:, None] for v in reach(plan, of, t, times, 2.45))
-    begins = plan.rows[:, :2].sum(axis=1)
-    on = minimum_jerk(t - begins[of] + 1, np.full(len(t), 3.0))[0]
+    arm = q_matrix(q_exp(np.outer(-target.supine, (0.0, 1.0, 0.0))))  # arm → device axes
+    movements = [make(wearer, plan, arm, rows, rng) for make in (rhythm, restless)]
     way = target.wrist - rest.wrist
-    arc = 0.12 * np.linalg.norm(way, axis=1, keepdims=True) * unit(rng.normal(0, 1, way.shape))
-    position = rest.wrist[of] + share * way[of] + share * (1 - share) * arc[of]
-    pull = bend * way[of] + (bend * (1 - 2 * share) - 2 * slope**2) * arc[of]
     between = q_log(q_mul(q_conj(rest.rot), target.rot))
-    rot = q_mul(rest.rot[of], q_exp(turned_by * between[of]))
-    parts = [move(wearer, plan, of, t, on, rng) for move in MOVEMENTS]
-    linear, turn, shift = (sum(p) for p in zip(*parts, strict=True))
-    rot = q_mul(rot, q_exp(turn))
-    axes = q_matrix(rot)
-    linear = linear + turn_by(axes.swapaxes(-1, -2), pull) / SAMPLE_PERIOD**2
-    return Track(position + turn_by(axes, shift), rot, linear, of, start)
+    detour = np.radians(rng.normal(0, 14, way.shape))
+
+    def at(now: Moment) -> tuple[F64, F64, F64]:
+        """Position, rotation, and acceleration with gravity in device axes."""
+        turned_by = reach(plan, now, times, 1.0)[0][:, None]
+        # the wrist turns quickly on a path that takes longer: real reaches accelerate little
+        share, bend = (v[:, None] for v in reach(plan, now, times, 2.0))
+        parts = [movement(now) for movement in movements]
+        linear, turn, shift = (sum(p) for p in zip(*parts, strict=True))
+        turned = turned_by * between[of] + 4 * turned_by * (1 - turned_by) * detour[of]
+        rot = q_mul(q_mul(rest.rot[of], q_exp(turned)), q_exp(turn))
+        axes = q_matrix(rot)
+        felt = bend * way[of] / SAMPLE_PERIOD**2 + np.array([0.0, 0.0, GRAVITY])
+        position = rest.wrist[of] + share * way[of] + turn_by(axes, shift)
+        return position, rot, linear + turn_by(axes.swapaxes(-1, -2), felt)
+
+    position, rot, _ = at(rows)
+    felt = at(moment(plan, of, accelerometer_clock(wearer, plan, rows, rng), zeal))[2]
+    return Track(position, rot, felt, reach(plan, rows, times, 1.0)[0], of, start)
 
 
 # %% [markdown]
@@ -878,18 +922,19 @@ TILT = np.radians(21.0)  # of the four outer sensors, away from the middle one
 FIELD = np.radians(45.0)
 SEEN_FROM = 0.018  # m, from the middle of the unit to an outer sensor
 NEAREST = 0.004  # m
+GLOW = np.float32(0.14)  # m; a thermopile hardly feels what is much farther away
 
 
 def sensor_rays() -> tuple[F32, F32]:
     """Where sensors sit and their pixels look, device axes. → (S, 3) m, (S, P, 3) unit vectors
 
-    1 is in the middle, 2 towards the thumb, 4 opposite; 3 towards the hand, 5 towards the elbow.
-    Columns of 1, 2 and 4 run along x and rows against y; 3 and 5 are mounted turned by 90°:
-    columns run along y, rows along x. So mirroring x flips 1, 2, 4 left–right, 3 and 5 up–down.
+    1 is in the middle, 2 towards the hand, 4 opposite; 3 towards the thumb, 5 away from it.
+    Columns of 1, 2 and 4 run along x and rows along y; 3 and 5 are mounted turned by 90°:
+    columns run along y, rows against x. So mirroring x flips 1, 2, 4 left–right, 3 and 5 up–down.
     """
-    away = np.array([(0, 0, 0), (0, 1, 0), (-1, 0, 0), (0, -1, 0), (1, 0, 0)], dtype=np.float64)
+    away = np.array([(0, 0, 0), (0, 1, 0), (1, 0, 0), (0, -1, 0), (-1, 0, 0)], dtype=np.float64)
     x, y, z = np.eye(3)
-    columns, rows = np.array([x, x, y, x, y]), np.array([-y, -y, x, -y, x])
+    columns, rows = np.array([x, x, y, x, y]), np.array([y, y, -x, y, -x])
     ahead = np.cos(TILT) * z + np.sin(TILT) * away
     ahead[0] = z
     spots = (np.arange(8) - 3.5) / 4 * np.tan(FIELD / 2)
@@ -901,22 +946,26 @@ def sensor_rays() -> tuple[F32, F32]:
     return places, unit(rays.reshape(5, 64, 3)).astype(np.float32)
 
 
+RELAXED = 10.0  # degrees, curl of the fingers at rest
+
+
 def arm_shapes(
     wearer: Wearer, plan: Plan, body: Body, now: Track, rng: np.random.Generator
 ) -> list[Ellipsoid]:
     """What moves with the device: the own hand, bent towards the palm, and the upper arm."""
     of, k = now.recording, body.scale
     axes = q_matrix(now.rot)
-    curl = column(PLACES, "curl", plan.gesture) + habit(wearer, "curl", plan.gesture, rng, 1)[:, 0]
-    bent = np.radians(curl)[of, None]
-    fingers = -np.cos(bent) * axes[..., 0] + np.sin(bent) * axes[..., 2]
-    hand = now.position + k * (-0.03 * axes[..., 0] - 0.015 * axes[..., 2] + 0.10 * fingers)
-    thumb = np.stack([fingers, axes[..., 1], np.cross(fingers, axes[..., 1])], axis=-1)
-    elbow = now.position + wearer.forearm * axes[..., 0]
+    curl = column(PLACES, "curl", plan.gesture)[of] * now.reached + RELAXED * (1 - now.reached)
+    curl = curl + habit(wearer, "curl", plan, rng, 1)[of, 0]
+    bent = np.radians(curl[:, None] + 7.0 * wander(rng, now.start, of, 0.6, 1))
+    fingers = np.cos(bent) * axes[..., 1] + np.sin(bent) * axes[..., 2]
+    hand = now.position + k * (0.03 * axes[..., 1] - 0.015 * axes[..., 2] + 0.10 * fingers)
+    thumb = np.stack([fingers, axes[..., 0], np.cross(fingers, axes[..., 0])], axis=-1)
+    elbow = now.position - wearer.forearm * axes[..., 1]
     upper = body.shoulder[of] - elbow
     return [
-        ellipsoid(hand, thumb, k * np.array([0.075, 0.042, 0.020]), skin=True),
-        ellipsoid(elbow + 0.5 * upper, along(upper), (0.05, 0.05, 0.17), skin=False),
+        ellipsoid(hand, thumb, k * np.array([0.075, 0.042, 0.020]), SKIN),
+        ellipsoid(elbow + 0.5 * upper, along(upper), (0.05, 0.05, 0.17), CLOTHED),
     ]
 
 
@@ -940,39 +989,39 @@ def distances(shape: Ellipsoid, eyes: F64, axes: F64, rays: F32, squares: F32) -
 
 
 def see(shapes: list[Ellipsoid], now: Track, slip: F64, rng: np.random.Generator) -> tuple[U8, F32]:
-    """Images, and how warm a view each sensor has. → (R, S, P) bytes, (R, S, 2) skin, clothes
+    """Images, and how warm a view each sensor has. → (R, S, P) bytes, (R, S, 3)
 
     `slip` (R, 3) m moves the unit from where it should sit on the wrist, device axes.
     """
     places, rays = sensor_rays()
     squares = (rays[..., :, None] * rays[..., None, :]).reshape(5, 64, 9).swapaxes(-1, -2)
     images = np.empty((len(now.rot), 5, 64), dtype=np.uint8)
-    warmth = np.empty((len(now.rot), 5, 2), dtype=np.float32)
+    warmth = np.empty((len(now.rot), 5, len(KINDS)), dtype=np.float32)
     axes = q_matrix(now.rot)
     eyes = (now.position + turn_by(axes, slip))[:, None] + places @ axes.swapaxes(-1, -2)
     for first in range(0, len(eyes), 512):
         rows = slice(first, first + 512)
-        nearest = dict.fromkeys((True, False), np.array(np.inf, dtype=np.float32))
+        nearest = dict.fromkeys(KINDS, np.array(np.inf, dtype=np.float32))
         for shape in shapes:
             found = distances(picked(shape, rows), eyes[rows], axes[rows], rays, squares)
-            nearest[shape.skin] = np.minimum(nearest[shape.skin], found)
-        image, warm = expose(nearest[True], nearest[False], rng)
+            nearest[shape.kind] = np.minimum(nearest[shape.kind], found)
+        image, warm = expose(np.stack([nearest[kind] for kind in KINDS]), rng)
         images[rows], warmth[rows] = image.swapaxes(0, 1), warm.swapaxes(0, 1)
     return images, warmth
 
 
-def expose(skin: F32, clothes: F32, rng: np.random.Generator) -> tuple[U8, F32]:
-    """Distances to bytes, with noise and lost echoes. 2 × (S, B, P) m → bytes, (S, B, 2)
+def expose(nearest: F32, rng: np.random.Generator) -> tuple[U8, F32]:
+    """Distances to bytes, with noise and lost echoes. (3, S, B, P) m → bytes, (S, B, 3) of KINDS
 
     Far and grazing surfaces send little light back: a pixel is lost the likelier the farther.
     """
-    metres = np.minimum(skin, clothes)
-    glow = np.exp(-metres / np.float32(0.25))
-    warm = np.stack([(glow * (skin <= clothes)).mean(axis=-1), glow.mean(axis=-1)], axis=-1)
-    warm[..., 1] -= warm[..., 0]
+    metres = nearest.min(axis=0)
+    glow = np.exp(-metres / GLOW)
+    first = nearest.argmin(axis=0)
+    warm = np.stack([(glow * (first == kind)).mean(axis=-1) for kind in KINDS], axis=-1)
     noise = rng.standard_normal(metres.shape, dtype=np.float32)
-    units = metres / np.float32(TOF_UNIT) * (1 + np.float32(0.025) * noise) + 2 * noise
-    lost = rng.random(metres.shape, dtype=np.float32) < np.float32(0.01) + metres**2
+    units = metres / np.float32(TOF_UNIT) * (1 + np.float32(0.04) * noise) + 3 * noise
+    lost = rng.random(metres.shape, dtype=np.float32) < np.float32(0.003) + 32 * metres**4
     gone = lost | ~(units < TOF_MAX + 0.5)
     image = np.where(gone, NOTHING, np.clip(np.where(gone, 0, units), 0, TOF_MAX))
     return image.astype(np.uint8), warm
@@ -987,17 +1036,15 @@ def expose(skin: F32, clothes: F32, rng: np.random.Generator) -> tuple[U8, F32]:
 
 # %%
 def thermopiles(wearer: Wearer, now: Track, warmth: F32, rng: np.random.Generator) -> F64:
-    """(R, S, 2) views → (R, S) °C"""
+    """(R, S, 3) views → (R, S) °C"""
     lasting = rng_for(wearer.seed, wearer.name, "thermopiles")
-    room = lasting.normal(24.0, 1.3)
-    skin, clothes = lasting.normal(34.3, 1.3), lasting.normal(29.0, 1.0)
-    offset, gain = lasting.normal(0, 0.3, 5), lasting.normal(1.9, 0.15, 5)
+    room = lasting.normal(24.6, 1.3)
+    there = np.array([room, lasting.normal(29.4, 1.2), lasting.normal(34.8, 1.2)])  # of KINDS
+    offset, gain = lasting.normal(0, 0.3, 5), lasting.normal(3.0, 0.3, 5)
     day = rng.normal(0, 0.4, (len(now.start) - 1, 1))[now.recording]
-    seen = np.minimum(gain * warmth.sum(axis=-1), 1)
-    share = warmth[..., 0] / np.maximum(warmth.sum(axis=-1), 1e-6)
-    there = share * skin + (1 - share) * clothes
-    flat = room + day + seen * (there - room - day)
-    slow = lagged(flat, now.start, now.recording, 0.55)
+    seen = warmth * np.minimum(gain, 1 / np.maximum(warmth.sum(axis=-1), 1e-6))[..., None]
+    flat = room + day + (seen * (there - room)).sum(axis=-1)
+    slow = lagged(flat, now.start, now.recording, 0.62)
     return offset + slow + rng.normal(0, 0.06, slow.shape)
 
 
@@ -1047,16 +1094,15 @@ def one_sign(rot: F64) -> F64:
     return np.where(rot[:, :1] < 0, -rot, rot) + 0.0
 
 
-FACING = 4.3  # rad; all subjects sat in the same room
-BED_TURN = {STRAIGHT: 0.0, LEAN: 0.1, BACK: 1.0, SIDE: -1.0}  # rad, from the chair's direction
+FACING = (-2.47, -2.5, -0.35, -2.2)  # rad, by orientation: the same chair and couch for all
 
 
 def face_somewhere(wearer: Wearer, plan: Plan, now: Track, rng: np.random.Generator) -> F64:
     """Room → world: the direction that the wearer faces, drifting a little. → (R, 4)"""
     lasting = rng_for(wearer.seed, wearer.name, "heading")
-    own = lasting.normal(FACING, 0.40) + lasting.normal(0, 0.15, len(ORIENTATIONS))
-    yaw = own + np.array([BED_TURN[o] for o in ORIENTATIONS])
-    yaw = yaw[plan.orientation] + rng.normal(0, 0.10, len(plan))
+    own = lasting.normal(0, 0.22) + lasting.normal(0, 0.25, len(ORIENTATIONS))
+    own += (lasting.random(4) < 0.1) * lasting.uniform(-np.pi, np.pi, 4)  # some turn round
+    yaw = by_posture(FACING + own, plan) + rng.normal(0, 0.10, len(plan))
     yaw = yaw[now.recording] + 0.03 * wander(rng, now.start, now.recording, 0.93, 1)[:, 0]
     return q_exp(np.stack([0 * yaw, 0 * yaw, yaw], axis=1))
 
@@ -1065,10 +1111,9 @@ def measure(wearer: Wearer, plan: Plan, now: Track, rng: np.random.Generator) ->
     """Accelerometer and orientation, as quantised by the device. → (R, 3) m/s², (R, 4)"""
     lasting = rng_for(wearer.seed, wearer.name, "accelerometer")
     bias, scale = lasting.normal(0, 0.06, 3), 1 + lasting.normal(0, 0.004, 3)
-    up = q_matrix(now.rot)[..., 2, :]  # the room's z in device axes
-    acc = scale * (now.linear + GRAVITY * up) + bias + rng.normal(0, 0.03, up.shape)
+    acc = scale * now.felt + bias + rng.normal(0, 0.035, now.felt.shape)
     rot = q_mul(face_somewhere(wearer, plan, now, rng), now.rot)
-    rot = q_mul(rot, q_exp(np.radians(0.6) * wander(rng, now.start, now.recording, 0.9, 3)))
+    rot = q_mul(rot, q_exp(np.radians(0.2) * wander(rng, now.start, now.recording, 0.9, 3)))
     rot = np.rint(one_sign(unit(rot)) * 16384) / 16384
     return np.rint(acc * 256) / 256, one_sign(rot)
 
@@ -1082,7 +1127,7 @@ def record(wearer: Wearer, plan: Plan) -> Signals:
     now = track(wearer, plan, rest, target, rng)
     still = [picked(shape, now.recording) for shape in body_shapes(wearer, body, plan)]
     shapes = still + arm_shapes(wearer, plan, body, now, rng)
-    slip = habit(wearer, "slip", plan.gesture, rng, 3)[now.recording]
+    slip = habit(wearer, "slip", plan, rng, 3)[now.recording]
     tof, warmth = see(shapes, now, slip, rng)
     thm = thermopiles(wearer, now, warmth, rng)
     acc, rot = measure(wearer, plan, now, rng)
@@ -1285,10 +1330,8 @@ def check_arguments(subjects: int, test_subjects: int, per_subject: int | None) 
             f"subjects={subjects}, test_subjects={test_subjects}: give 1…10000 and 0…10000."
         )
     if per_subject is not None and not 1 <= per_subject <= len(PROTOCOL):
-        raise ValueError(
-            f"{per_subject} recordings a subject: the protocol has {len(PROTOCOL)}, give 1…"
-            f"{len(PROTOCOL)}."
-        )
+        n = len(PROTOCOL)
+        raise ValueError(f"{per_subject} recordings a subject: the protocol has {n}, give 1…{n}.")
 
 
 # %% [markdown]
@@ -1306,9 +1349,7 @@ def folder_figures(folder: Path) -> dict[str, float]:
     """Figures of FOLDER/train.csv, by name."""
     path = folder / "train.csv"
     if not path.exists():
-        raise FileNotFoundError(
-            f"{path} does not exist. Make it with: python cmi_simulator.py {folder}"
-        )
+        raise FileNotFoundError(f"{path} does not exist: python cmi_simulator.py {folder}")
     names = ["sequence_id", "subject", "behavior", "phase", "gesture"]
     kinds: dict[str, Any] = dict.fromkeys(ACC + ROT + THM, pl.Float64)
     frame = pl.read_csv(path, columns=names + ACC + ROT + THM, schema_overrides=kinds)
@@ -1319,21 +1360,15 @@ def folder_figures(folder: Path) -> dict[str, float]:
 def length_figures(frame: pl.DataFrame) -> dict[str, float]:
     """Sizes, and lengths of recordings and behaviours in rows."""
     rows = frame.group_by(IN_RECORDING).agg(pl.len(), pl.first("subject"))
-    count = rows.get_column("len")
-    by_subject = rows.group_by("subject").agg(pl.mean("len")).get_column("len")
+    by_subject = rows.group_by("subject").agg(pl.mean("len")).get_column("len").to_numpy()
     figures = {"rows": len(frame), "recordings": len(rows), "subjects": len(by_subject)}
-    found = {f"{name} of recording": value for name, value in spread(count).items()}
-    found["sd of subjects' mean length"] = float(np.std(by_subject.to_numpy()))
+    figures["sd of subjects' mean length"] = by_subject.std()
     pieces = frame.group_by(IN_RECORDING, "behavior").agg(pl.len())
-    for behavior in BEHAVIORS:
-        some = pieces.filter(pl.col("behavior") == behavior).get_column("len")
-        found |= {f"{name} of {behavior}": value for name, value in spread(some).items()}
-    return {name: float(value) for name, value in figures.items()} | found
-
-
-def spread(values: pl.Series) -> dict[str, float]:
-    x = values.to_numpy()
-    figures = {"mean rows": x.mean(), "sd rows": x.std(), "median rows": np.median(x)}
+    parts = {b: pieces.filter(pl.col("behavior") == b) for b in BEHAVIORS}
+    for what, part in {"recording": rows, **parts}.items():
+        x = part.get_column("len").to_numpy()
+        figures |= {f"mean rows of {what}": x.mean(), f"sd rows of {what}": x.std()}
+        figures[f"median rows of {what}"] = np.median(x)
     return {name: float(value) for name, value in figures.items()}
 
 

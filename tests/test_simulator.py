@@ -368,7 +368,7 @@ def test_maps_undo_themselves(change, right):
 def test_rays_to_an_ellipsoid_agree_with_a_plain_search():
     rng = np.random.default_rng(4)
     radii, centre = np.array([0.08, 0.10, 0.12]), np.array([0.02, 0.01, 0.18])
-    shape = sim.ellipsoid(centre[None], np.eye(3)[None], radii, skin=True)
+    shape = sim.ellipsoid(centre[None], np.eye(3)[None], radii, sim.SKIN)
     _, rays = sim.sensor_rays()
     squares = (rays[..., :, None] * rays[..., None, :]).reshape(5, 64, 9).swapaxes(-1, -2)
     eyes = np.zeros((1, 5, 3)) + rng.normal(0, 0.005, (1, 5, 3))
@@ -385,10 +385,63 @@ def test_rays_to_an_ellipsoid_agree_with_a_plain_search():
 
 def test_acceleration_of_a_reach_is_the_second_derivative_of_its_path():
     t = np.linspace(-1, 7, 8001)
-    value, slope, bend = sim.minimum_jerk(t, np.full(len(t), 6.0))
-    np.testing.assert_allclose(np.gradient(value, t), slope, atol=1e-4)
+    value, bend = sim.minimum_jerk(t, np.full(len(t), 6.0))
+    slope = np.gradient(value, t)
     np.testing.assert_allclose(np.gradient(slope, t)[5:-5], bend[5:-5], atol=2e-3)
     assert (value[0], value[-1]) == (0, 1)
+
+
+def test_the_accelerometer_falls_behind_and_catches_up_in_each_behaviour():
+    """On real recordings up to 12 rows in 240, back to one or two where the gesture begins."""
+    rows = np.array([[240, 10, 30], [15, 8, 31]])
+    plan = sim.Plan(np.array([7, 3]), np.array([0, 0]), np.array([0, 1]), rows)
+    of = np.repeat([0, 1], rows.sum(axis=1))
+    t = np.concatenate([np.arange(n) for n in rows.sum(axis=1)]).astype(float)
+    behind = []
+    for i in range(20):
+        who = sim.draw_body(f"SUBJ_{i:06d}", seed=2)
+        clock = sim.accelerometer_clock(
+            who, plan, sim.moment(plan, of, t, np.ones(2)), np.random.default_rng(i)
+        )
+        assert clock.min() >= 0
+        behind.append((t - clock)[of == 0])
+    late = np.median(behind, axis=0)
+    assert 9 < late[239] < 15
+    assert abs(late[240]) < 1
+    assert abs(late[250]) < 1
+    assert 1 < late[279] < 2.5
+
+
+def test_felt_gravity_is_that_of_an_earlier_rotation():
+    """While hands are carried to their targets, acc fits the rotation of a row before best."""
+    error = np.zeros(5)
+    for n in range(6):
+        who = sim.draw_body(f"SUBJ_{n:06d}", seed=6)
+        plan = plan_for(who)
+        x = sim.record(who, plan)
+        up = Rotation.from_quat(x.rot[:, [1, 2, 3, 0]]).inv().apply([0, 0, 9.8])
+        for i in np.flatnonzero(plan.relaxes):
+            rows = plan.start[i] + plan.rows[i, 0] + np.arange(-7, 0)
+            rows = rows[rows >= plan.start[i] + 4]
+            error += [((x.acc[rows] - up[rows - lag]) ** 2).sum() for lag in range(5)]
+    assert error.argmin() == 1
+    assert error[0] > 1.3 * error[1]
+
+
+def test_the_forearm_is_upright_where_a_seated_hand_is_at_the_forehead():
+    """y runs along the forearm: about 8.5 of 9.8 m/s² on real recordings; x and z share the rest."""
+    means = []
+    for i in range(8):
+        who = sim.draw_body(f"SUBJ_{i:06d}", seed=4)
+        plan = plan_for(who)
+        x = sim.record(who, plan)
+        is_it = (plan.gesture == sim.NAMES.index("Forehead - scratch")) & (plan.orientation == 0)
+        for k in np.flatnonzero(is_it):
+            means.append(x.acc[plan.start[k + 1] - 25 : plan.start[k + 1] - 5].mean(axis=0))
+    middle = np.median(means, axis=0)
+    assert middle[1] > 7
+    assert abs(middle[0]) < 4
+    assert -6 < middle[2] < -1
 
 
 def peak_rate(name, n_subjects=10):
@@ -404,8 +457,8 @@ def peak_rate(name, n_subjects=10):
             part = x.acc[plan.start[k + 1] - 26 : plan.start[k + 1] - 2]
             wave = (part - part.mean(axis=0)) * np.hanning(24)[:, None]
             power += (np.abs(np.fft.rfft(wave, 128, axis=0)) ** 2).sum(axis=1)
-    share = power[8:] / power[8:].sum()  # slower than 0.06 is drift
-    return (8 + share.argmax()) / 128, share.max()
+    share = power[16:] / power[16:].sum()  # slower than 0.125 the pose slides
+    return (16 + share.argmax()) / 128, share.max()
 
 
 def test_rhythms_are_those_of_the_gestures():
@@ -443,15 +496,21 @@ REAL = {  # figure: (of the real train.csv, tolerance)
     "sd |acc|": (1.21, 0.3),
     "nothing tof": (0.575, 0.08),
     "distance tof": (108.2, 14),
-    "valid pixels Transition": (116.4, 30),
+    "valid pixels Transition": (116.4, 25),
     "valid pixels Gesture": (160.5, 25),
-    "distance Transition": (135.2, 40),
+    "distance Transition": (135.2, 25),
     "distance Gesture": (116.8, 14),
     "nothing tof_1": (0.588, 0.09),
     "nothing tof_2": (0.629, 0.10),
     "nothing tof_3": (0.601, 0.09),
     "nothing tof_4": (0.523, 0.09),
     "nothing tof_5": (0.628, 0.09),
+}
+BEHAVIOUR = {  # mean acc of all rows of the real train.csv
+    MOVES: (3.92, -1.34, 4.41),
+    RELAXES: (3.32, 0.08, 2.97),
+    "Hand at target location": (0.43, 3.83, -3.14),
+    "Performs gesture": (0.26, 3.40, -3.35),
 }
 MOTION = {  # gesture: mean over recordings of (mean |a − mean a|, mean |step|) of the real acc
     "Cheek - pinch skin": (0.4408, 1.5404),
@@ -484,6 +543,12 @@ def figures(folder):
 def test_a_figure_is_near_the_real_one(name, figures):
     real, tolerance = REAL[name]
     assert abs(figures[name] - real) <= tolerance
+
+
+def test_the_vertical_lies_where_it_does_in_each_behaviour(train):
+    found = train.group_by("behavior").agg(pl.col(ACC).mean())
+    for behavior, *mean in found.iter_rows():
+        assert np.abs(np.subtract(mean, BEHAVIOUR[behavior])).max() < 2.2, behavior
 
 
 def test_gestures_move_as_much_as_the_real_ones(figures):
@@ -519,7 +584,7 @@ def test_figures_mean_what_they_say(train, figures):
 def test_thermopiles_are_warmer_at_the_skin_and_lag(train):
     warm = train.group_by("phase").agg(pl.mean(THM))
     mean = {row[0]: np.mean(row[1:]) for row in warm.iter_rows()}
-    assert mean["Gesture"] > mean["Transition"] + 1
+    assert 0.4 < mean["Gesture"] - mean["Transition"] < 2.5  # 1.0 in 15 real recordings
     thm = train.select(THM).drop_nulls().to_numpy()
     assert 18 < thm.min() < 24
     assert 33 < thm.max() < 40

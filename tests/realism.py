@@ -1,0 +1,314 @@
+"""How far real recordings believe the simulator: what tells them apart, and what carries over.
+
+    python tests/realism.py --real FOLDER              # or CMI_REAL_DATA=FOLDER
+    python tests/realism.py --real FOLDER --hold-out SUBJ_021670 --networks
+
+FOLDER holds CSV files with the competition's columns, at any depth, sensors that were not recorded
+left out; train_demographics.csv is looked for below it. Three parts are printed:
+
+    1 two-sample    a booster tells real from simulated by our own features: area under the curve,
+                    and what gives the simulation away, first things first; .5 cannot be had
+    2 transfer      trained on simulated recordings alone, how many real ones are named rightly
+    3 order         statistics < features (< networks) on simulated subjects that were held out,
+                    with classes and confusions beside the anchors of the real data
+
+Nothing of the real recordings is kept. Under 6 minutes on 2 cores, --networks apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # before numpy is loaded
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import lightgbm as lgb
+import numpy as np
+import polars as pl
+from sklearn.metrics import roc_auc_score
+
+import cmi_pipeline as cmi
+import cmi_simulator
+
+SEEDS = (1, 2, 3)  # of the boosters; their probabilities are averaged
+# F1 of one gold-medal run on the real data: imu, all (competition.md, 4)
+ANCHORS = {
+    "Above ear - pull hair": (0.62, 0.80),
+    "Cheek - pinch skin": (0.53, 0.66),
+    "Eyebrow - pull hair": (0.43, 0.50),
+    "Eyelash - pull hair": (0.55, 0.61),
+    "Forehead - pull hairline": (0.64, 0.73),
+    "Forehead - scratch": (0.78, 0.83),
+    "Neck - pinch skin": (0.55, 0.65),
+    "Neck - scratch": (0.66, 0.72),
+    "non-target": (0.97, 0.98),
+}
+CONFUSIONS = (  # truth, answer, share of the truth on the real data, imu
+    ("Eyelash - pull hair", "Eyebrow - pull hair", 0.23),
+    ("Above ear - pull hair", "Neck - pinch skin", 0.18),
+    ("Eyebrow - pull hair", "Eyelash - pull hair", 0.17),
+    ("Neck - scratch", "Neck - pinch skin", 0.15),
+    ("Eyebrow - pull hair", "Cheek - pinch skin", 0.13),
+    ("Cheek - pinch skin", "Neck - pinch skin", 0.13),
+)
+LADDER = "real: statistics .704 imu, features .73-.79 imu, one network .810 imu and .855 all"
+
+
+# ---- recordings ------------------------------------------------------------------------------
+
+
+def read_real(folder: Path) -> tuple[cmi.Recordings, np.ndarray] | None:
+    """Labelled real recordings below the folder and their gestures; None if there are none."""
+    frames, people = [], [pl.DataFrame({"subject": []}, schema={"subject": pl.String})]
+    for path in sorted(folder.rglob("*.csv")):
+        frame = pl.read_csv(path, infer_schema=False)
+        if {"gesture", "acc_x", "rot_w", "sequence_counter"} <= set(frame.columns):
+            frames.append(frame)
+        elif "handedness" in frame.columns:
+            people.append(frame)
+    if not frames:
+        return None
+    order = ("sequence_id", pl.col("sequence_counter").cast(pl.Int64))
+    rows = pl.concat(frames, how="diagonal").sort(*order)
+    person = pl.concat(people, how="diagonal").unique("subject", keep="first")
+    rec = cmi.to_recordings(rows, person)
+    names = rows["gesture"].gather(rec.start[:-1]).to_list()
+    return cmi.canonical(rec, np.zeros(len(rec), bool)), np.array([*map(cmi.GESTURES.index, names)])
+
+
+def simulated(folder: Path, subjects: int, seed: int) -> cmi.Recordings:
+    """Simulated training recordings, canonical as in the pipeline."""
+    cmi_simulator.simulate(folder, subjects=subjects, test_subjects=1, seed=seed)
+    rec, cfg = cmi.read_train(folder), cmi.Config()
+    labels = rec.labels
+    upside_down, _ = cmi.find_upside_down(rec, cmi.make_folds(rec.subject, cfg), cfg)
+    return dataclasses.replace(cmi.canonical(rec, upside_down), labels=labels)
+
+
+def table_of(rec: cmi.Recordings) -> cmi.FeatureTable:
+    return cmi.extract_features(rec, frames=False)[0]
+
+
+def plain_statistics(rec: cmi.Recordings) -> np.ndarray:
+    """Mean, sd, range and quartiles of each raw motion column and of its steps. → (N, 112)"""
+    columns = []
+    for a, b in zip(rec.start, rec.start[1:], strict=False):
+        x = np.nan_to_num(np.c_[rec.acc[a:b], rec.rot[a:b]].astype(float))
+        x = np.c_[x, np.diff(x, axis=0, prepend=x[:1])]
+        quarters = np.quantile(x, (0, 0.25, 0.5, 0.75, 1), axis=0)
+        columns.append(np.concatenate([x.mean(0), x.std(0), *quarters, x[-20:].mean(0)]))
+    return np.array(columns)
+
+
+def fit_predict(x: np.ndarray, y: np.ndarray, *unseen: np.ndarray) -> list[np.ndarray]:
+    """Probabilities of the gestures for each of `unseen`, by boosters of the pipeline's own kind."""
+    cfg = cmi.Config()
+    data = lgb.Dataset(x, y, params={"max_bin": 63, "verbosity": -1})
+    params = cmi.lgbm_params(cfg, len(cmi.GESTURES), len(x), 0) | {"num_threads": 2}
+    answers = [np.zeros((len(part), len(cmi.GESTURES))) for part in unseen]
+    for seed in SEEDS[: 1 if len(x) > 3000 else None]:
+        booster = lgb.train(params | {"seed": seed}, data, cfg.lgbm_rounds)
+        for answer, part in zip(answers, unseen, strict=True):
+            answer += booster.predict(part)
+    return [answer / answer.sum(axis=1, keepdims=True) for answer in answers]
+
+
+# ---- 1 two-sample ----------------------------------------------------------------------------
+
+
+def split_by(subject: np.ndarray, n_folds: int) -> np.ndarray:
+    return cmi.make_folds(subject, cmi.Config(n_folds=min(n_folds, len(np.unique(subject)))))
+
+
+def told_apart(real: np.ndarray, made: np.ndarray, subject: np.ndarray) -> tuple[float, np.ndarray]:
+    """Area under the curve of real against simulated, wearers apart, and the gain of each column."""
+    x, y = np.concatenate([real, made]), np.r_[np.ones(len(real)), np.zeros(len(made))]
+    params = {
+        "objective": "binary", "num_leaves": 8, "learning_rate": 0.05, "feature_fraction": 0.2,
+        "min_data_in_leaf": 5, "lambda_l2": 1.0, "max_bin": 63, "num_threads": 2,
+        "is_unbalance": True, "verbosity": -1, "seed": 1,
+    }  # fmt: skip
+    fold, logit, gain = split_by(subject, 5), np.zeros(len(x)), np.zeros(x.shape[1])
+    for k in np.unique(fold):
+        train = lgb.Dataset(x[fold != k], y[fold != k], params={"max_bin": 63, "verbosity": -1})
+        booster = lgb.train(params, train, 150)
+        logit[fold == k] = booster.predict(x[fold == k], raw_score=True)
+        gain += booster.feature_importance("gain")
+    return float(roc_auc_score(y, logit)), gain / gain.sum()
+
+
+def two_sample(real: cmi.FeatureTable, made: cmi.FeatureTable, who: np.ndarray, kinds: str) -> None:
+    """One line of result, then the columns that give the simulation away."""
+    columns = made.modality == 0 if kinds == "imu" else np.ones(len(made.names), bool)
+    columns &= ~np.array([n.startswith(("age", "adult", "sex", "height")) for n in made.names])
+    columns &= ~np.array(["_cm" in n or "_to_" in n or "present" in n for n in made.names])
+    x, z = real.x[:, columns], made.x[:, columns]
+    area, gain = told_apart(x, z, who)
+    print(f"two-sample {kinds}: AUC {area:.3f} ({len(x)} real, {len(z)} simulated)")
+    names = np.array(made.names)[columns]
+    for k in np.argsort(-gain)[:15]:
+        a, b = (v[:, k][~np.isnan(v[:, k])] for v in (x, z))
+        if len(a) and len(b):
+            alone = roc_auc_score(np.r_[np.ones(len(a)), np.zeros(len(b))], np.r_[a, b])
+            spread = [
+                " ".join(f"{q:9.3g}" for q in np.quantile(v, (0.1, 0.5, 0.9))) for v in (a, b)
+            ]
+            print(f"   {names[k]:28s} gain {gain[k]:.3f}  alone {alone:.2f}"
+                  f"  real {spread[0]}  simulated {spread[1]}")  # fmt: skip
+
+
+def like(real: np.ndarray, made: np.ndarray, each: int, seed: int) -> np.ndarray:
+    """Numbers of simulated recordings with the gestures of the real ones, `each` for every one."""
+    rng = np.random.default_rng(seed)
+    picked = []
+    for gesture, count in zip(*np.unique(real, return_counts=True), strict=True):
+        own = np.flatnonzero(made == gesture)
+        picked.append(rng.permutation(own)[: each * count])
+    return np.concatenate(picked)
+
+
+# ---- 2 transfer ------------------------------------------------------------------------------
+
+
+def interval(values: list[float]) -> str:
+    low, high = np.quantile(values, (0.025, 0.975))
+    return f"[{low:.2f}, {high:.2f}]"
+
+
+def transfer_line(name: str, proba: np.ndarray, truth: np.ndarray, note: str = "") -> None:
+    """Top-1, top-3 and score with intervals: a bootstrap over the recordings."""
+    order = np.argsort(-proba, axis=1)
+    first, third = order[:, 0] == truth, (order[:, :3] == truth[:, None]).any(axis=1)
+    rng, drawn = np.random.default_rng(0), []
+    for _ in range(1000):
+        i = rng.integers(len(truth), size=len(truth))
+        drawn.append((first[i].mean(), third[i].mean(), cmi.score(truth[i], order[i, 0])))
+    spread = [interval([d[k] for d in drawn]) for k in range(3)]
+    binary = ((order[:, 0] < cmi.NON_TARGET) == (truth < cmi.NON_TARGET)).mean()
+    loss = -np.log(np.maximum(proba[np.arange(len(truth)), truth], 1e-6)).mean()
+    print(
+        f"transfer {name:24s} n={len(truth):3d}  top-1 {first.mean():.3f} {spread[0]}"
+        f"  top-3 {third.mean():.3f} {spread[1]}"
+        f"  score {cmi.score(truth, order[:, 0]):.3f} {spread[2]}"
+        f"  target or not {binary:.2f}  log loss {loss:.2f}{note}"
+    )
+
+
+def transfer(
+    rec: cmi.Recordings, truth: np.ndarray, real: cmi.FeatureTable, made: cmi.FeatureTable,
+    gesture: np.ndarray, apart: list[str],
+) -> None:  # fmt: skip
+    """Real recordings named by boosters that saw simulated ones only."""
+    imu = made.modality == 0
+    seen = ~np.isnan(rec.thm).all(axis=1)[rec.start[:-1]]
+    motion = fit_predict(made.x[:, imu], gesture, real.x[:, imu])[0]
+    transfer_line("imu", motion, truth)
+    names = np.unique(rec.subject, return_counts=True)
+    apart = apart or [str(n) for n, count in zip(*names, strict=True) if count >= 10]
+    for name in apart:
+        for label, mask in ((f"imu, {name}", rec.subject == name), ("imu, the others", None)):
+            rows = mask if mask is not None else rec.subject != name
+            if rows.any():
+                transfer_line(label, motion[rows], truth[rows])
+    if seen.any():
+        transfer_line("imu, where all is seen", motion[seen], truth[seen])
+        every = fit_predict(made.x, gesture, real.x[seen])[0]
+        transfer_line("all sensors", every, truth[seen])
+    answer = motion.argmax(axis=1)
+    for g in np.unique(truth):
+        found = [cmi.GESTURES[a][:22] for a in answer[truth == g]]
+        hits = (answer[truth == g] == g).sum()
+        print(f"   {cmi.GESTURES[g][:30]:30s} {hits}/{len(found)}: {', '.join(found)}")
+
+
+# ---- 3 order of models -----------------------------------------------------------------------
+
+
+def order_of_models(rec: cmi.Recordings, table: cmi.FeatureTable) -> None:
+    """Statistics and features on a quarter of the simulated subjects, held out."""
+    assert rec.labels is not None
+    y, imu = rec.labels.gesture, table.modality == 0
+    test = split_by(rec.subject, 4) == 0
+    rows = {}
+    candidates = (("statistics imu", plain_statistics(rec)), ("features imu", table.x[:, imu]))
+    for name, x in (*candidates, ("features all", table.x)):
+        rows[name] = fit_predict(x[~test], y[~test], x[test])[0].argmax(axis=1)
+    truth = y[test]
+    scores = {name: cmi.score(truth, answer) for name, answer in rows.items()}
+    print(f"order of models, {test.sum()} recordings of held-out simulated subjects ({LADDER})")
+    print("   " + "  ".join(f"{name} {value:.3f}" for name, value in scores.items()))
+    print(f"   ordered as on the real data: {list(scores.values()) == sorted(scores.values())}")
+    own = [class_f1(truth, rows[f"features {mode}"]) for mode in ("imu", "all")]
+    for k, (name, anchor) in enumerate(ANCHORS.items()):
+        cells = "  ".join(f"{own[m][k]:.2f} ({anchor[m]:.2f})" for m in (0, 1))
+        print(f"   F1 {name:26s} imu, all: simulated (real)  {cells}")
+    for a, b, share in CONFUSIONS:
+        of = truth == cmi.GESTURES.index(a)
+        ours = (rows["features imu"][of] == cmi.GESTURES.index(b)).mean()
+        print(f"   {a} → {b}: {ours:.2f} ({share:.2f})")
+
+
+def class_f1(truth: np.ndarray, answer: np.ndarray) -> np.ndarray:
+    """F1 of the 8 targets and of the rest. → (9)"""
+    counts = cmi.count_classes(truth, answer)
+    hit = np.diagonal(counts)
+    return 2 * hit / np.maximum(counts.sum(0) + counts.sum(1), 1)
+
+
+def networks(data: Path, out: Path) -> None:
+    """The whole pipeline on the simulated folder; each member's score on its two folds."""
+    knobs = {"CMI_DATA_DIR": str(data), "OUTPUT_PATH": str(out), "N_FOLDS": "2"}
+    cmi.main({**cmi.SETTINGS, **os.environ, **knobs}, [])
+    print(json.dumps(json.loads((out / "oof" / "scores.json").read_text()), indent=1)[:6000])
+
+
+# ---- entry -----------------------------------------------------------------------------------
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--real", type=Path, default=os.environ.get("CMI_REAL_DATA") or None)
+    parser.add_argument("--subjects", type=int, default=36, help="simulated (36)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--hold-out", nargs="*", default=[], help="wearers with lines of their own")
+    parser.add_argument("--networks", action="store_true", help="all members too: most of an hour")
+    given = parser.parse_args(arguments)
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        made = simulated(folder / "data", given.subjects, given.seed)
+        assert made.labels is not None
+        table = table_of(made)
+        found = read_real(Path(given.real)) if given.real else None
+        if found is None:
+            print("two-sample and transfer skipped: --real or CMI_REAL_DATA names no recordings")
+        else:
+            real, truth = found
+            seen = table_of(real)
+            for kinds, rows in (("imu", np.arange(len(real))), ("all", whole(real))):
+                if len(rows):
+                    pick = like(truth[rows], made.labels.gesture, 8, given.seed)
+                    who = np.concatenate([real.subject[rows], made.subject[pick]])
+                    two_sample(seen.take(rows), table.take(pick), who, kinds)
+            transfer(real, truth, seen, table, made.labels.gesture, given.hold_out)
+        order_of_models(made, table)
+        if given.networks:
+            networks(folder / "data", folder / "out")
+    print(f"took {time.monotonic() - began:.0f} s")
+    return 0
+
+
+def whole(rec: cmi.Recordings) -> np.ndarray:
+    """Numbers of the recordings with every sensor."""
+    return np.flatnonzero(~np.isnan(rec.thm).all(axis=1)[rec.start[:-1]])
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
