@@ -3,8 +3,14 @@
     python make_kaggle_dataset.py cmi_output cmi_dataset --slug USER/cmi-bundles --title "CMI data"
 
 Copies what serving and the next plan need (the models that bundle.json names, the ensemble weights,
-folds.csv), adds dataset-metadata.json and prints the command that uploads the folder. A bundle that
-is incomplete, or was changed after training, is refused: on Kaggle nobody would be there to see it.
+folds.csv), adds dataset-metadata.json and prints what comes next: upload, attach, push, submit. A
+bundle that is incomplete, or was changed after training, is refused: on Kaggle nobody would be
+there to see it.
+
+Models may be trained on any machine, with a card or without, and serve on any. The kernel that they
+are attached to runs on what kernel-metadata.json names: "machine_shape": "NvidiaTeslaT4", which is
+T4 x 2. "enable_gpu" alone leaves the card to Kaggle's API, which chose the P100 until the summer of
+2026; torch on Kaggle's image has had no kernels for that one since March 2026.
 """
 
 from __future__ import annotations
@@ -24,6 +30,9 @@ import polars as pl
 import cmi_pipeline as cmi
 
 METADATA = "dataset-metadata.json"
+KERNEL = Path(__file__).with_name("kernel-metadata.json")
+MACHINE_SHAPE = "NvidiaTeslaT4"
+COMPETITION = "cmi-detect-behavior-with-sensor-data"
 LENGTH = range(6, 51)  # of a title and of a slug's second half, as the kaggle command demands
 
 
@@ -69,7 +78,7 @@ def whole_models(out: Path, name: str, n_folds: int) -> dict[str, tuple[Path, li
     """What serving would use of a member, by mode; an error if a mode or a fold is missing."""
     member, own = cmi.MEMBERS[name], out / f"{name}_models"
     usable = cmi.usable_models(own, member.files)  # logs what is damaged
-    for mode in member.modes:
+    for mode in cmi.read_json(own / "bundle.json")["modes"]:
         if mode not in usable:
             raise ValueError(f"{own / mode} is damaged or incomplete. Run the pipeline again.")
         if len({stem.split("_")[0] for stem in usable[mode][1]}) != n_folds:
@@ -112,6 +121,25 @@ def pack(out: Path, target: Path, metadata: dict[str, object]) -> int:
     return sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
 
 
+def next_steps(slug: str, target: Path) -> list[tuple[str, str]]:
+    """What to do with the folder, and the command or line that does it."""
+    kernel = cmi.read_json(KERNEL) if KERNEL.is_file() else {"id": "/cmi-pipeline"}
+    user, name = slug.split("/")[0], str(kernel["id"]).split("/")[-1]
+    flags = f"-p {shlex.quote(str(target))} --dir-mode zip --keep-tabular"
+    attached = {"dataset_sources": [slug], "machine_shape": MACHINE_SHAPE}
+    return [
+        ("Upload, first", f"kaggle datasets create {flags}"),
+        ("or again", f"kaggle datasets version {flags} -m 'trained again'"),
+        ("Attach", f"{json.dumps(attached)} in kernel-metadata.json: the dataset, and T4 x 2"),
+        ("Push", "kaggle kernels push    # prints the VERSION; wait until it is complete"),
+        (
+            "Submit",
+            f"kaggle competitions submit {COMPETITION} -k {user}/{name} -v VERSION "
+            "-f submission.parquet -m 'CMI pipeline'",
+        ),
+    ]
+
+
 def main(arguments: Sequence[str]) -> None:
     """Read the arguments, pack, say what comes next."""
     about = __doc__ or ""
@@ -136,13 +164,8 @@ def main(arguments: Sequence[str]) -> None:
             size = pack(asked.output.absolute(), target, metadata)
     except (OSError, ValueError, KeyError, TypeError) as error:
         sys.exit(f"make_kaggle_dataset: {error}")
-    cmi.log(
-        "packed", folder=target, mb=size / 2**20, **{k: json.dumps(v) for k, v in metadata.items()}
-    )
-    flags = f"-p {shlex.quote(str(target))} --dir-mode zip --keep-tabular"
-    cmi.log("upload", first=f"kaggle datasets create {flags}")
-    cmi.log("upload", again=f"kaggle datasets version {flags} -m 'trained again'")
-    cmi.log("attach", in_kernel_metadata=json.dumps({"dataset_sources": [asked.slug]}))
+    sys.stdout.write(f"Packed {size / 2**20:.1f} MB in {target}: {asked.slug}, {title!r}.\n")
+    sys.stdout.writelines(f"{what:<15} {line}\n" for what, line in next_steps(asked.slug, target))
 
 
 if __name__ == "__main__":

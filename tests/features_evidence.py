@@ -33,7 +33,7 @@ ROUNDS = 200
 
 def columns_without(families: str) -> np.ndarray:
     """Mask of the table's columns that are left without the families named, joined by +."""
-    makers = [f.make.__name__ for f in cmi.FEATURES for _ in f.columns]
+    makers = [make.__name__ for make, columns in cmi.FEATURES for _ in columns]
     lost = [name for name in families.split("+") if name]
     assert set(lost) <= set(makers), f"of {lost} some are no families: {sorted(set(makers))}"
     return ~np.isin(makers, lost)
@@ -55,14 +55,13 @@ def judge(x: np.ndarray, y: np.ndarray, subject: np.ndarray, seeds: int) -> np.n
 def main(folder: Path, modes: str, seeds: int, trials: list[str]) -> None:
     rec = cmi.read_train(folder)
     gesture, fold = rec.labels.gesture, cmi.make_folds(rec.subject, cmi.Config(n_folds=3))
-    find = getattr(cmi, "find_upside_down", None) or cmi.find_turned  # as the first version has it
-    rec = cmi.canonical(rec, find(rec, fold, cmi.Config())[0])
-    table = (getattr(cmi, "extract_features", None) or cmi.describe)(rec, frames=False)[0]
+    rec = cmi.canonical(rec, cmi.find_upside_down(rec, fold, cmi.Config())[0])
+    table = cmi.extract_features(rec, frames=False)[0]
     print(f"{datetime.date.today()}, {platform.platform()}, lightgbm {lgb.__version__}")
     print("| mode | left out | columns | score | difference | log loss | difference |")
     print("|---|---|---|---|---|---|---|", flush=True)
     for mode in modes.split(","):
-        seen = np.ones(len(table.names), bool) if mode == "all" else table.modality == 0
+        seen = np.isin(table.names, table.of_mode(mode).names)
         results = []
         for without in ["", *trials]:
             kept = seen & columns_without(without)

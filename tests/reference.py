@@ -23,22 +23,7 @@ SENSORS = range(1, 6)
 def repaired(rot):
     """Unit quaternions (T, 4), w first, gaps filled; all NaN if nothing is known."""
     q = np.array(rot, float)
-    whole = [t for t in range(len(q)) if np.isfinite(q[t]).all() and np.linalg.norm(q[t]) > 0.1]
-    found = list(whole)
-    for t in range(len(q)):
-        holes = np.flatnonzero(~np.isfinite(q[t]))
-        if len(holes) != 1:
-            continue
-        size = np.sqrt(max(0.0, 1 - np.nansum(q[t] ** 2)))
-        plus, minus = q[t].copy(), q[t].copy()
-        plus[holes], minus[holes] = size, -size
-        complete = [u for u in range(len(q)) if np.isfinite(rot[u]).all()]
-        near = min(complete, key=lambda u: (abs(u - t), u > t), default=None)
-        better = near is None or abs(plus @ q[near]) >= abs(minus @ q[near])
-        q[t] = plus if better else minus
-        if np.linalg.norm(q[t]) > 0.1:
-            found.append(t)
-    found.sort()
+    found = [t for t in range(len(q)) if np.isfinite(q[t]).all() and np.linalg.norm(q[t]) > 0.1]
     if not found:
         return np.full_like(q, np.nan)
     if len(found) == 1:

@@ -42,6 +42,11 @@ def dataset(road: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) ->
     upload = re.search(r"kaggle datasets create (.*)", good(done))
     assert upload
     assert shlex.split(upload[1]) == ["-p", str(target), "--dir-mode", "zip", "--keep-tabular"]
+    submit = re.search(r"kaggle competitions submit (.*)", done.stdout)
+    assert submit
+    told = ["cmi-detect-behavior-with-sensor-data", "-k", "some-one/cmi-pipeline", "-v", "VERSION",
+            "-f", "submission.parquet", "-m", "CMI pipeline"]  # fmt: skip
+    assert shlex.split(submit[1]) == told
     return target
 
 
@@ -90,6 +95,20 @@ def test_an_attached_dataset_is_found_reused_and_served(
         assert plan_of(printed)["lgbm", mode] == ("reuse", "everything matches")
     assert not list(out.glob("*_models"))
     check_submission(out, data)
+
+
+def test_the_kernel_asks_for_cards_that_torch_has_kernels_for(capsys: Printed) -> None:
+    """`enable_gpu` alone leaves the choice to the API, which took the P100 until summer 2026."""
+    kernel = json.loads((ROOT / "kernel-metadata.json").read_text())
+    assert (kernel["machine_shape"], kernel["enable_gpu"]) == ("NvidiaTeslaT4", True)
+    assert (kernel["enable_internet"], kernel["code_file"]) == (False, "cmi_pipeline.py")
+    told = dict(maker.next_steps(SLUG, ROOT / "bundles"))["Attach"]
+    assert json.loads(told[: told.index("}") + 1]) == {
+        "dataset_sources": [SLUG], "machine_shape": kernel["machine_shape"],
+    }  # fmt: skip
+    with pytest.raises(SystemExit, match="0"):
+        maker.main(["--help"])
+    assert '"machine_shape": "NvidiaTeslaT4"' in capsys.readouterr().out
 
 
 DAMAGES: tuple[tuple[str, Callable[[str], str] | None, str], ...] = (

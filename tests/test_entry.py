@@ -1,6 +1,7 @@
 """How a run is started: names and places of the file, what is attached on Kaggle or missing."""
 
 import dataclasses
+import re
 import runpy
 import shutil
 import subprocess
@@ -29,6 +30,31 @@ def test_an_argument_wins_over_the_environment(
     assert not (tmp_path / "no").exists()
 
 
+def broken(folder: Path, package: str) -> str:
+    """A search path on which a package that is installed cannot be imported."""
+    folder.mkdir()
+    (folder / f"{package}.py").write_text("raise OSError('a library of it is missing')\n")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"USE_TORCH": "1", "PYTHONPATH": "torch"}, "torch does not start: .*missing.*USE_TORCH=0"),
+     ({"USE_LGBM": "0"}, "No member takes part"),
+     ({"ENSEMBLE_WEIGHTS": "catboost:1"}, "ENSEMBLE_WEIGHTS.*lgbm, torch, keras")],
+)  # fmt: skip
+def test_what_would_be_found_out_late_is_found_out_by_the_plan(
+    plain: Path, tmp_path: Path, settings: dict[str, str], said: str
+) -> None:
+    if package := settings.get("PYTHONPATH"):
+        settings = settings | {"PYTHONPATH": broken(tmp_path / "path", package)}
+    where = {"CMI_DATA_DIR": str(data_of(plain)), "PLAN_ONLY": "1", **QUICK}
+    done = runs.run(tmp_path / "out", **(where | settings))
+    assert done.returncode == 1
+    assert re.search(said, done.stderr.splitlines()[-1]), done.stderr
+    assert not list(tmp_path.glob("out/*_models"))
+
+
 # ---- names and places of the file ----------------------------------------------------------------
 
 
@@ -40,7 +66,8 @@ def test_the_file_runs_under_any_name_from_anywhere(plain: Path, tmp_path: Path,
     place.mkdir()
     script = shutil.copy(SCRIPT, place / name)
     shutil.copytree(runs.ROOT / "kaggle_evaluation", tmp_path / "kaggle_evaluation")
-    env = runs.environment(tmp_path / "out", CMI_DATA_DIR=str(data_of(plain)), **QUICK)
+    two = {"CMI_WORKERS": "2", **QUICK}
+    env = runs.environment(tmp_path / "out", CMI_DATA_DIR=str(data_of(plain)), **two)
     env["PYTHONPATH"] += f":{tmp_path}"
     with script.open() as file:
         done = subprocess.run(
@@ -50,6 +77,7 @@ def test_the_file_runs_under_any_name_from_anywhere(plain: Path, tmp_path: Path,
     printed = runs.good(done)
     assert "lgbm/imu/fold01" in printed
     runs.same_answers(plain, tmp_path / "out", "lgbm")
+    assert ("backend=threading" in printed) == (name == "-")
 
 
 def test_an_edited_file_is_what_a_second_run_in_one_process_executes(
@@ -101,8 +129,8 @@ def test_the_competition_is_found_through_links_and_not_in_a_bundle(
     (kaggle / "half").mkdir()
     shutil.copy(data_of(plain) / "test_demographics.csv", kaggle / "half")
     printed = plan_there(kaggle, capsys)
-    assert f"folder={kaggle / below} " in printed
-    assert f"passed over  folder={data_of(bundle)}" in printed
+    assert f"data {kaggle / below}" in printed
+    assert f"passed over: {data_of(bundle)} " in printed
     assert (kaggle.parent / "working" / "folds.csv").is_file()
 
 
@@ -143,7 +171,7 @@ def test_serving_alone_trains_nothing(plain: Path, kaggle: Path, capsys: Printed
     shutil.copytree(data_of(plain), kaggle / COMPETITION)
     copied(plain, kaggle / "bundle", "simulated-*", "checkpoints", "oof")
     printed = plan_there(kaggle, capsys, SERVE_ONLY="1", PLAN_ONLY="0", LGBM_LEAVES="3", **ALIKE)
-    assert "action=serve" in printed
+    assert "serve what is there" in printed
     assert "fit  " not in printed
     assert "weights=weights.json" in printed
     runs.check_submission(kaggle.parent / "working", data_of(plain))

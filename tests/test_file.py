@@ -23,7 +23,8 @@ def nodes(*kinds: type) -> list:
 
 
 def test_docstring_lists_the_sections_that_exist() -> None:
-    promised = re.findall(r"^ +(\d+ [A-Z].*)$", cmi.__doc__ or "", re.M)
+    promised = re.findall(r" (\d+ [A-Z].*?)(?=  |$)", cmi.__doc__ or "", re.M)
+    promised.sort(key=lambda line: int(line.split()[0]))  # three columns
     present = re.findall(r"^# ## (\d+ .*)$", SOURCE, re.M)
     assert promised == present
     assert [int(s.split()[0]) for s in present] == list(range(1, len(present) + 1))
@@ -39,13 +40,13 @@ def test_import_is_light_and_silent_and_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_environment_is_read_in_one_place() -> None:
-    """Only the last lines hand os.environ over; TensorFlow's own settings may be written before."""
+    """One function hands os.environ over; TensorFlow's own settings may be written."""
     named = r"environb?\b|getenv"
-    entry = next(n for n in TREE.body if "__main__" in ast.unparse(n)[:40])
     reads = [n for n in nodes(ast.Attribute, ast.Name) if re.search(named, ast.unparse(n))]
     written = {n.lineno for n in nodes(ast.Call) if "environ.setdefault" in ast.unparse(n.func)}
-    assert any(n.lineno > entry.lineno for n in reads)
-    assert {n.lineno for n in reads if n.lineno < entry.lineno} <= written
+    written |= {n.lineno for n in nodes(ast.Assign) if "os.environ[" in ast.unparse(n.targets[0])}
+    (reader,) = {n.lineno for n in reads if "environment" not in ast.unparse(n)} - written
+    assert "return {**SETTINGS, **os.environ}" in SOURCE.splitlines()[reader - 1]
 
 
 def test_nothing_that_runs_code_is_ever_loaded() -> None:
@@ -80,7 +81,7 @@ def test_broad_excepts_are_three_at_most() -> None:
     assert len([kind for kind in caught if re.search(r"\b(Base)?Exception\b", kind)]) <= 3
 
 
-@pytest.mark.parametrize(("name", "most"), [("cmi_pipeline.py", 5700), ("README.md", 250)])
+@pytest.mark.parametrize(("name", "most"), [("cmi_pipeline.py", 5100), ("README.md", 250)])
 def test_files_and_lines_stay_as_short_as_was_promised(name: str, most: int) -> None:
     assert len((ROOT / name).read_text().splitlines()) <= most
     assert [i for i, line in enumerate(SOURCE.splitlines(), 1) if len(line) > 100] == []

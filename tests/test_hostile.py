@@ -126,7 +126,6 @@ BROKEN: dict[str, list[dict[str, Any]]] = {
         *({"labels": labels} for labels in LABELS),
         *({"modes": {"all": SIX | {"weights": weights}}} for weights in WEIGHTS),
         *({"modes": modes} for modes in MODES),
-        *({"majority": m} for m in (99, -1, 10**30, "Wave hello", None)),
         *({"wearer": wearer} for wearer in WEARERS),
         *({"capacity": capacity} for capacity in (0, [1], [0] * 56, [10**7] * 56, "x", None)),
         *({"digests": [1]}, {"assignment": [1]}, {"assignment": None}),

@@ -28,10 +28,10 @@ def tiny(n: int = 240) -> tuple[cmi.FeatureTable, cmi.Labels]:
     x = rng.normal(size=(n, 12)).astype(np.float32)
     x[:, :3] += np.stack([gesture, 2 * orientation, 3 * behavior], axis=1)
     x[:, :8][rng.random((n, 8)) < 0.05] = np.nan
-    modality = np.array([0] * 8 + [1, 1, 2, 3], np.uint8)
-    blank = np.array([np.nan] * 11 + [-77], np.float32)
     labels = cmi.Labels.of(gesture, orientation, behavior, np.zeros(n, np.uint8))
-    return cmi.FeatureTable(tuple(f"column_{i}" for i in range(12)), x, modality, blank), labels
+    far = ("thm_1_mean", "thm_2_mean", "tof_1_mean", "thm_tof_present")
+    names = (*(f"column_{i}" for i in range(8)), *far)
+    return cmi.FeatureTable(names, x), labels
 
 
 def a_job(folder: Path, fold: int = 1, mode: str = "all", n: int = 240) -> cmi.Job:
@@ -102,7 +102,7 @@ def test_recordings_lose_sensors_in_training(
     for x in trained:
         thm, tof = np.isnan(x[:, 8]), np.isnan(x[:, 10])
         np.testing.assert_array_equal(np.isnan(x[:, 9]), thm)
-        np.testing.assert_array_equal(x[:, 11] == -77, thm | tof)
+        np.testing.assert_array_equal(x[:, 11] == 0, thm | tof)
         np.testing.assert_array_equal(x[:, :8], table.x[job.train, :8])
         for lost in (thm & ~tof, tof & ~thm, thm & tof):
             assert lost.mean() == pytest.approx(share / 3, abs=0.02)

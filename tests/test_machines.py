@@ -44,13 +44,13 @@ def test_two_workers_leave_the_same_files(
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as short:  # for Ray's sockets
         rays = {"RAY_TMPDIR": short, "RAY_worker_niceness": "0"}  # not to starve beside others
         running = start(road, tmp_path / "out", USE_KERAS=use_keras, CMI_BACKEND=backend, **rays)
-        lines = running.end().splitlines()
+        lines = str(running.details).splitlines() if running.end() else []
     assert_same(road, tmp_path / "out", *("lgbm", "torch", "keras")[: 2 + int(use_keras)])
     if backend not in PACKAGES:
-        words = ("] plan ", "] fit ", "] member ")
-        plan, fit, member = ([float(s[1:8]) for s in lines if word in s] for word in words)
+        words = ("] plan  ", "] fit  ", "] blend  ")
+        plan, fit, blend = ([float(s[1:8]) for s in lines if word in s] for word in words)
         assert len(fit) == 10 + 4 * int(use_keras)  # LightGBM in three modes, two folds
-        assert max(plan) - 0.2 <= min(fit) <= max(fit) <= max(member) + 0.2
+        assert max(plan) - 0.2 <= min(fit) <= max(fit) <= max(blend) + 0.2
 
 
 def loky_workers(pid: int) -> list[int]:
@@ -69,7 +69,7 @@ def test_a_dead_worker_is_one_clear_line_and_the_next_run_goes_on(
     os.kill(loky_workers(running.process.pid)[0], signal.SIGKILL)
     assert running.process.wait(600) == 1
     line = running.printed.strip().splitlines()[-1]
-    assert line.startswith("cmi_pipeline: A worker died while training lightgbm")
+    assert line.startswith("cmi_pipeline: A worker died while training lgbm")
     assert "Run again: what is done is kept" in line
     assert "Traceback" not in running.printed
     done = {p: p.stat().st_mtime_ns for p in out.glob("lgbm_models/*/fold??.json")}
@@ -126,5 +126,4 @@ def test_a_running_dask_cluster_gives_the_same_bytes(
     out = tmp_path / "out"
     printed = start(road, out, CMI_BACKEND="dask", DASK_SCHEDULER=dask).end()
     assert_same(road, out, "lgbm", "torch")
-    assert "] fit" not in printed  # but where the cluster prints
-    assert "] fit" in (tmp_path / "elsewhere" / "out-printed.txt").read_text()
+    assert "] fit" in printed  # its workers reach the log of the run

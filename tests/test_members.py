@@ -23,10 +23,7 @@ ENDS = (".txt",)  # what it writes for each fold
 def prepare(inputs: cmi.Inputs, mode: str) -> cmi.FeatureTable:
     """The number in a recording's id."""
     number = [[float(name.split("_")[1])] for name in inputs.rec.sequence_id]
-    none = np.zeros(1)
-    return cmi.FeatureTable(
-        (f"number_{mode}",), np.array(number, np.float32), none.astype(np.uint8), none
-    )
+    return cmi.FeatureTable((f"number_{mode}",), np.array(number, np.float32))
 
 
 def fit(job: cmi.Job, x: cmi.FeatureTable, *_: object) -> dict[str, Any]:
@@ -187,7 +184,7 @@ def test_of_two_bundles_the_one_that_the_weights_were_found_for_answers(
         cmi.write_json(cfg.out / "ensemble" / "weights.json", {
             "modes": {"all": {"parts": ["torch/all"], "weights": [1.0]}},
             "labels": table.tolist(), "capacity": [1] * L, "assignment": {"all": True},
-            "majority": 0, "digests": {"torch/all": cmi.digest(*notes)}, "wearer": None,
+            "digests": {"torch/all": cmi.digest(*notes)}, "wearer": None,
         })  # fmt: skip
         proba = cmi.Predictor(both).predict_proba(*question(data, 0))
         got = [proba[cmi.GESTURES[gesture]] for gesture in table[:, 2]]

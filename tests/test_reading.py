@@ -98,6 +98,8 @@ def test_a_frame_gives_the_same_of_whatever_type_it_is(folder: Path, rec: cmi.Re
     odd = pl.Series([-1.0, 0, 249, 250, -2, 1e9, np.nan, np.inf])
     one = cmi.to_recordings(own.head(8).with_columns(tof_1_v0=odd), person)
     assert one.tof[:, 0, 0, 0].tolist() == [254, 0, 249, 255, 255, 255, 255, 255]
+    endless = cmi.to_recordings(own.with_columns(acc_x=pl.lit(np.inf)), person)
+    assert np.isnan(endless.acc[:, 0]).all()
     for rows in (person.clear(), person.with_columns(subject=pl.lit("SUBJ_XXXXXX"))):
         stranger = cmi.to_recordings(own, rows).person[0]
         assert stranger[3] == 1, "right-handed"

@@ -36,7 +36,61 @@ def test_one_command_reaches_the_submission(road: Road) -> None:
     truth = pl.read_csv(data_of(out) / "test_truth.csv").select("sequence_id", truth="gesture")
     both = pl.read_parquet(out / "submission.parquet", glob=False).join(truth, on="sequence_id")
     codes = [np.array([cmi.GESTURES.index(g) for g in both[c]]) for c in ("truth", "gesture")]
-    assert f"score={plain_score(*codes):.4g}\n" in printed, "the submission's own score"
+    assert f"score {plain_score(*codes):.4f} by test_truth.csv" in printed
+
+
+def test_the_screen_shows_plan_folds_and_board_on_few_lines(road: Road) -> None:
+    """The board's figures are those of scores.json; what is submitted is marked."""
+    out, (screen, _) = road[0], road[1].split("\f")
+    lines = screen.splitlines()
+    assert len(lines) <= 80
+    assert max(map(len, lines)) <= 140
+    assert re.search(r"\] plan +all +imu +norot +why$", screen, re.M)
+    assert re.search(r"\] torch +train 2/2 +train 2/2 +none yet$", screen, re.M)
+    done = re.findall(r"\] (\w+)/\w+/fold0[01] +score 0\.\d+ +\S+ s +(\d+)% trained", screen)
+    assert [member for member, _ in done] == ["lgbm"] * 6 + ["torch"] * 4 + ["keras"] * 4
+    assert [int(share) for _, share in done] == sorted(int(share) for _, share in done)
+    assert done[-1][1] == "100"
+    content = json.loads((out / "ensemble" / "weights.json").read_text())
+    served = any(content["assignment"].values())
+    for row in json.loads((out / "oof" / "scores.json").read_text())["rows"]:
+        if row["mode"] in ("all", "imu", "mixed"):
+            (line,) = (x for x in lines if f"] {row['name']} {row['kind']} " in x)
+            assert f"{row['score']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" in line
+            submitted = row["kind"] == ("assigned" if served else "nested")
+            assert ("submitted" in line) == (row["name"] == "blend" and submitted)
+    for word in ("machine ", "recordings ", "submission ", "next ", "done ", "simulated"):
+        assert re.search(rf"^\[ *[\d.]+s\] .*{word}", screen, re.M), word
+    clock = [float(line[1:8]) for line in lines if re.match(r"\[ *[\d.]+s\]", line)]
+    assert np.all(np.diff(clock) > -1), "one clock for all, the gateway's lines as well"
+
+
+def test_predict_by_itself_serves_what_the_environment_names(
+    road: Road, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it is registered with the gateway; models load with the first question."""
+    monkeypatch.setattr(cmi, "PREDICTOR", [])
+    for name, value in {"OUTPUT_PATH": str(road[0]), "USE_KERAS": "0", "STRICT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    own = cmi.Predictor(cmi.Config(output_path=road[0], use_keras=False, strict=True))
+    for question in runs.questions(data_of(road[0]))[:3]:
+        assert cmi.predict(*question) == own.predict(*question)
+
+
+def test_without_tof_and_thm_all_is_imu_and_is_not_trained(road: Road, tmp_path: Path) -> None:
+    """Nor is the route without rotation where every recording has one. The report knows of it."""
+    data, far = runs.copied(data_of(road[0]), tmp_path / "data"), ("thm_", "tof_")
+    for name in ("train.csv", "test.csv"):
+        frame = pl.read_csv((data / name).read_bytes(), infer_schema_length=None)
+        gone = [pl.lit(None).alias(c) for c in frame.columns if c.startswith(far)]
+        whole = [pl.col(f"rot_{a}").fill_null(float(a == "w")) for a in "wxyz"]
+        frame.with_columns(*gone, *whole).write_csv(data / name)
+    where = {"CMI_DATA_DIR": str(data), "NO_ROTATION": "auto", "STRICT": "1", "PYTHONPATH": ""}
+    plan = plan_of(runs.good(runs.run(tmp_path / "out", **QUICK, **where)))
+    assert plan["lgbm", "all"] == ("skip", "no ToF and no THM in the data: imu is the same")
+    assert plan["lgbm", "norot"] == ("skip", "every recording has a rotation")
+    assert plan["lgbm", "imu"] == ("train", "none yet")
+    check_submission(tmp_path / "out", data)
 
 
 def test_files_lie_where_the_design_says_and_are_whole(road: Road) -> None:
@@ -171,7 +225,7 @@ def test_a_simulated_bundle_serves_the_real_test_file(
     out = runs.copied(road[0], tmp_path / "out")
     assert run_here(out, CMI_DATA_DIR=str(data)) is None
     printed = capsys.readouterr().out
-    assert "action=serve" in printed
+    assert "serve what is there" in printed
     assert "fallbacks=0" in printed
     check_submission(out, data)
 
@@ -215,6 +269,7 @@ def test_on_kaggle_the_file_alone_finds_everything(road: Road, tmp_path: Path) -
         f"cmi.main({SMALL | runs.PLAIN | {'STRICT': '0'}!r})\n"
     )
     hidden = {"PYTHONPATH": str(ROOT / "tests" / "without_matplotlib")}
-    printed = python(working, "-c", script, **hidden)
-    assert plan_of(printed)["lgbm", "all"] == ("reuse", "everything matches")
+    python(working, "-c", script, **hidden)
+    details = (working / "logs" / "run.log").read_text()
+    assert plan_of(details)["lgbm", "all"] == ("reuse", "everything matches")
     check_submission(working, folder)

@@ -62,7 +62,7 @@ def write_bundles(out: Path, parts: list[list[str]]) -> None:
 def weights_of(weights: dict[str, float], **content: Any) -> dict[str, Any]:
     """What weights.json holds; weights in the mode all by "member/mode"."""
     modes = {"all": {"parts": [*weights], "weights": [*weights.values()]}}
-    whole = {"modes": modes, "labels": TABLE, "capacity": [1] * 4, "majority": 16}
+    whole = {"modes": modes, "labels": TABLE, "capacity": [1] * 4}
     return whole | {"assignment": {"all": True}, "digests": {}, "wearer": None} | content
 
 
@@ -166,7 +166,7 @@ def test_evidence_of_a_turned_device_adds_up_over_its_wearers_recordings(serve: 
 
 
 def test_a_part_that_fails_is_left_out_counted_and_dropped(serve: Serve, capsys: Printed) -> None:
-    """Without any answer the majority is told."""
+    """Without any answer a common gesture is told."""
     calls: list[int] = []
     rules = {"lgbm/all": lambda seen: calls.append(1) or failing(seen), "torch/all": always(1)}
     weights = weights_of({"lgbm/all": 0.5, "torch/all": 0.5})
@@ -175,7 +175,7 @@ def test_a_part_that_fails_is_left_out_counted_and_dropped(serve: Serve, capsys:
     assert len(calls) < 6
     assert lenient.fallbacks == {"lgbm/all: ForeignError: planted": len(calls)}
     alone = serve({"lgbm/all": failing}, weights, strict=False)
-    assert [ask(alone) for _ in range(2)] == [cmi.GESTURES[16]] * 2
+    assert [ask(alone) for _ in range(2)] == ["Text on phone"] * 2
     assert alone.fallbacks["ForeignError: planted"] == 2
     assert "planted" in capsys.readouterr().err, "with its traceback"
     with pytest.raises(ForeignError, match="planted"):
@@ -220,5 +220,5 @@ def test_folds_are_averaged_parts_pooled_and_fixed_shares_hold(
     fixed = odds(ensemble_weights="lgbm:1,torch:3"), odds(ensemble_w_torch=1.0)
     warm = odds(ensemble_w_torch=1.0, ensemble_temperature=0.5)
     assert (odds(), *fixed, warm) == pytest.approx((-0.3, -0.5, -1, -2), abs=1e-4)
-    assert odds(ensemble_weights="lgbm:0") == pytest.approx(-0.3, abs=1e-4)
+    assert odds(ensemble_weights="lgbm:0", strict=False) == pytest.approx(-0.3, abs=1e-4)
     assert "leave nothing" in capsys.readouterr().out

@@ -39,6 +39,8 @@ def test_environment_overrides_defaults() -> None:
     assert (cfg.lgbm_bundle_path, newer.lgbm_bundle_path) == (Path("/x"), Path("/y"))
     empty = {"N_FOLDS": "", "ENSEMBLE_W_LGBM": " ", "CMI_DATA_DIR": ""}
     assert cmi.Config.from_env({}) == cmi.Config.from_env(empty) == cmi.Config()
+    learnt = cmi.Config().training_settings("keras")
+    assert {"KERAS_LR", "TORCH_LR", "SEED", "STRICT"} & set(learnt) == {"KERAS_LR", "SEED"}
     words = [cmi.Config.from_env({"STRICT": w}).strict for w in ("yes", "On", "1", "No", "off")]
     assert words == [True, True, True, False, False]
 
@@ -96,17 +98,43 @@ def test_random_numbers_have_an_address_not_an_order() -> None:
     assert all(cmi.rng_for(*other).random() != first for other in others)
 
 
-def test_lines_of_progress_are_due_now_and_then_after_silence_and_at_the_end(
+def test_lines_of_progress_are_due_now_and_then_and_at_the_end(
     monkeypatch: pytest.MonkeyPatch, capsys: Printed
 ) -> None:
     now, asked = [1000.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    progress = cmi.Progress("steps", 80, 40, cmi.Config(), 60, job="a\nb")  # resumed at the 60th
-    for secs in (9, 9, 9, *[0.25] * 17):
-        now[0] += secs
+    progress = cmi.Progress("steps", 90, 40, 60, job="a\nb")  # resumed at the 60th
+    for _ in range(30):
+        now[0] += 3
         progress.step(1, lambda: asked.append(1) or {"loss": 1.5})
     lines = capsys.readouterr().out.splitlines()
-    found = [re.search(r"steps +job=a b  done=(.*)/80  loss=1.5  left=(.*)s", x) for x in lines]
+    found = [re.search(r"steps +job=a b  done=(.*)/90  loss=1.5  left=(.*) s", x) for x in lines]
     told = [tuple(map(int, line.groups())) for line in found if line]
-    assert told == [(63, 153), (80, 0)], "by the rate since it was resumed"
+    assert told == [(80, 30), (90, 0)], "by the rate since it was resumed"
     assert len(asked) == len(lines), "reading a loss from a card waits for the card"
+
+
+def test_details_go_to_a_file_and_the_screen_shows_what_a_person_wants(
+    tmp_path: Path, capsys: Printed
+) -> None:
+    """No line of the screen is longer than 140 characters; a long stage says that it still runs."""
+    log = tmp_path / "run.log"
+    cmi.share_log(time.time() - 100, [log])
+    try:
+        cmi.log("detail", x=1.23456, y="a\nb")
+        cmi.log("warning", text=" ".join(["word"] * 60))
+        cmi.say("the board")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cmi, "SILENCE", 0.5)
+            with cmi.stage("nap", cmi.Config(output_path=tmp_path), state=lambda: "half"):
+                time.sleep(2.5)
+    finally:
+        cmi.RUN_LOG.clear()
+    screen, details = capsys.readouterr().out, log.read_text()
+    assert re.search(r"^\[  100\.\ds\] detail +x=1\.235  y=a b$", details, re.M)
+    assert "detail" not in screen
+    assert screen.count("word") == details.count("word") == 60
+    assert max(map(len, screen.splitlines())) <= 140
+    assert re.search(r"^\[ .*\] the board$", screen, re.M)
+    assert re.search(r"^\[ .*\] … nap, \d s so far  half$", screen, re.M)
+    assert re.search(r"stage +name=nap  secs=2\.\d", details)

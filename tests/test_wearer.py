@@ -64,7 +64,7 @@ def test_subjects_that_were_turned_are_found(rec: cmi.Recordings) -> None:
     before, _ = cmi.find_upside_down(rec, fold, cfg)
     names = np.unique(rec.subject[~before])[[1, 5, 9]]
     hand = np.isin(rec.subject, names)
-    turned = cmi.turned_upright(rec, hand)
+    turned = cmi.apply_map(rec, hand, cmi.HALF_TURN)
     after, wearer = cmi.find_upside_down(turned, fold, cfg)
     assert set(rec.subject[after & hand]) == set(names)
     assert set(rec.subject[after & ~hand]) == set(rec.subject[before])
