@@ -86,9 +86,9 @@ def read_real(folder: Path) -> tuple[cmi.Recordings, np.ndarray] | None:
 def simulated(folder: Path, subjects: int, seed: int) -> cmi.Recordings:
     """Simulated training recordings, canonical as in the pipeline."""
     cmi_simulator.simulate(folder, subjects=subjects, test_subjects=1, seed=seed)
-    rec, cfg = cmi.read_train(folder), cmi.Config()
+    rec = cmi.read_train(folder)
     labels = rec.labels
-    upside_down, _ = cmi.find_upside_down(rec, cmi.make_folds(rec.subject, cfg), cfg)
+    upside_down, _ = cmi.find_upside_down(rec, split_by(rec.subject, 5), cmi.Config())
     return dataclasses.replace(cmi.canonical(rec, upside_down), labels=labels)
 
 
@@ -146,7 +146,11 @@ def told_apart(real: np.ndarray, made: np.ndarray, subject: np.ndarray) -> tuple
 
 def two_sample(real: cmi.FeatureTable, made: cmi.FeatureTable, who: np.ndarray, kinds: str) -> None:
     """One line of result, then the columns that give the simulation away."""
-    columns = made.modality == 0 if kinds == "imu" else np.ones(len(made.names), bool)
+    columns = (
+        np.isin(made.names, made.of_mode("imu").names)
+        if kinds == "imu"
+        else np.ones(len(made.names), bool)
+    )
     columns &= ~np.array([n.startswith(("age", "adult", "sex", "height")) for n in made.names])
     columns &= ~np.array(["_cm" in n or "_to_" in n or "present" in n for n in made.names])
     x, z = real.x[:, columns], made.x[:, columns]
@@ -206,7 +210,7 @@ def transfer(
     gesture: np.ndarray, apart: list[str],
 ) -> None:  # fmt: skip
     """Real recordings named by boosters that saw simulated ones only."""
-    imu = made.modality == 0
+    imu = np.isin(made.names, made.of_mode("imu").names)
     seen = ~np.isnan(rec.thm).all(axis=1)[rec.start[:-1]]
     motion = fit_predict(made.x[:, imu], gesture, real.x[:, imu])[0]
     transfer_line("imu", motion, truth)
@@ -234,7 +238,7 @@ def transfer(
 def order_of_models(rec: cmi.Recordings, table: cmi.FeatureTable) -> None:
     """Statistics and features on a quarter of the simulated subjects, held out."""
     assert rec.labels is not None
-    y, imu = rec.labels.gesture, table.modality == 0
+    y, imu = rec.labels.gesture, np.isin(table.names, table.of_mode("imu").names)
     test = split_by(rec.subject, 4) == 0
     rows = {}
     candidates = (("statistics imu", plain_statistics(rec)), ("features imu", table.x[:, imu]))
@@ -257,7 +261,7 @@ def order_of_models(rec: cmi.Recordings, table: cmi.FeatureTable) -> None:
 
 def class_f1(truth: np.ndarray, answer: np.ndarray) -> np.ndarray:
     """F1 of the 8 targets and of the rest. → (9)"""
-    counts = cmi.count_classes(truth, answer)
+    counts = cmi.count_classes(truth, answer)[0]
     hit = np.diagonal(counts)
     return 2 * hit / np.maximum(counts.sum(0) + counts.sum(1), 1)
 
@@ -266,7 +270,8 @@ def networks(data: Path, out: Path) -> None:
     """The whole pipeline on the simulated folder; each member's score on its two folds."""
     knobs = {"CMI_DATA_DIR": str(data), "OUTPUT_PATH": str(out), "N_FOLDS": "2"}
     cmi.main({**cmi.SETTINGS, **os.environ, **knobs}, [])
-    print(json.dumps(json.loads((out / "oof" / "scores.json").read_text()), indent=1)[:6000])
+    for row in json.loads((out / "oof" / "scores.json").read_text())["rows"]:
+        print("  ", *(f"{row[key]}" for key in ("name", "mode", "kind")), f"{row['score']:.3f}")
 
 
 # ---- entry -----------------------------------------------------------------------------------
