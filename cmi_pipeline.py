@@ -51,7 +51,6 @@ import hashlib
 import html
 import importlib
 import importlib.machinery
-import importlib.util
 import io
 import itertools
 import json
@@ -377,6 +376,7 @@ def environment() -> dict[str, str]:
 STARTED = time.monotonic()
 SPOKEN = [STARTED]  # when the screen was last written to
 RUN_LOG: list[Path] = []  # where details go, once the output folder is known
+ALOUD = ("warning", "note", "fallback", "retreat", "resume")  # events that the screen shows too
 SILENCE = 25.0  # s; whoever watches a screen should never wonder whether it still runs
 
 
@@ -399,9 +399,6 @@ def log(event: str, /, **values: object) -> None:
     well, and everything while there is no such file, as when functions are used by themselves."""
     pairs = (f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
     say(f"{event:<12} {'  '.join(pairs)}", on_screen=event in ALOUD or not RUN_LOG)
-
-
-ALOUD = ("warning", "note", "fallback", "retreat", "resume")
 
 
 def share_log(born: float, files: Sequence[Path]) -> None:
@@ -904,10 +901,12 @@ def cached_recordings(folder: Path, cfg: Config) -> tuple[Recordings, str]:
     cache = cfg.checkpoints / "cache" / f"recordings-{digest(RECORDINGS_FORM, stats)}.npz"
     if cache.exists():
         try:
-            arrays, note = read_arrays(cache)
-            labels = Labels(**{f.name: arrays.pop(f.name) for f in dataclasses.fields(Labels)})
-            log("recordings", action="reuse", why="train.csv is as it was", path=cache)
-            return Recordings(**arrays, labels=labels), str(note["digest"])
+            with refusing(cache, "is no cache of recordings"):
+                arrays, note = read_arrays(cache)
+                labels = Labels(**{f.name: arrays.pop(f.name) for f in dataclasses.fields(Labels)})
+                rec = Recordings(**arrays, labels=labels)
+                log("recordings", action="reuse", why="train.csv is as it was", path=cache)
+                return rec, str(note["digest"])
         except DataError as error:
             log("warning", why=error, instead="read again")
     log("recordings", action="read", why="no cache of this train.csv", path=cache)
@@ -1724,7 +1723,7 @@ def feature_help() -> list[tuple[str, str, str]]:
     return [(name, u, meaning(make)) for make, columns in FEATURES for name, u in columns.items()]
 
 
-def print_feature_help(cfg: Config) -> None:
+def print_feature_help() -> None:
     """Every family of columns and what it says, then each column's name and unit."""
     print(f"signals: {meaning(wrist_motion)}")  # noqa: T201
     for make, columns in FEATURES:
@@ -1778,13 +1777,19 @@ MOTION_CHANNELS = (
     *(*vector_names("lin"), "lin_mag", "world_up", "world_flat"),
     *(*vector_names("omega"), "omega_mag", *vector_names("jerk"), "jerk_mag", "swing"),
 )
-GROUPS = (
+Groups = tuple[tuple[str, tuple[str, ...]], ...]  # name and channels of each
+GROUPS: Groups = (
     ("acc", (*vector_names("acc"), "acc_mag")),
     ("rot", (*vector_names("up"), *vector_names("north"), *vector_names("west"))),
     ("motion", MOTION_CHANNELS),
     ("thm", THM),
     *((f"tof_{i}", tuple(f"tof_{i}_{name}" for name in TOF_CHANNELS)) for i in range(1, 6)),
 )
+
+
+def channel_names(groups: Groups) -> tuple[str, ...]:
+    """Of all groups, one after the other."""
+    return tuple(name for _, names in groups for name in names)
 
 
 def vector_triples(names: Sequence[str]) -> I64:
@@ -1799,7 +1804,7 @@ class Frames:
 
     start: I64  # (N + 1)
     x: F32  # (R, C) channels, group after group; NaN: missing
-    groups: tuple[tuple[str, tuple[str, ...]], ...]  # (name, channel names) in the order of x
+    groups: Groups  # in the order of x
     tof: U8 | None = None  # (R, 5, 8, 8) the images themselves; None in IMU mode
 
     def __len__(self) -> int:
@@ -1807,7 +1812,7 @@ class Frames:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(name for _, names in self.groups for name in names)
+        return channel_names(self.groups)
 
     def take(self, recordings: npt.NDArray[Any]) -> Frames:
         """Some of the recordings, by number or mask, as copies."""
@@ -1834,7 +1839,7 @@ def row_channels(ch: Chunk) -> F32:
         for channel, nothing in TOF_CHANNELS.items():
             x = signals[f"tof_{i}_{channel}"]
             signals[f"tof_{i}_{channel}"] = np.where(np.isnan(x) & there, nothing, x)
-    names = [name for _, group in GROUPS for name in group]
+    names = channel_names(GROUPS)
     out = np.empty((len(ch.rec.acc), len(names)), np.float32)
     for k, name in enumerate(names):
         out[:, k] = signals[name]
@@ -1857,7 +1862,7 @@ def extract_features(
     names = tuple(name for _, columns in FEATURES for name in columns)
     assert len(set(names)) == len(names), "a name occurs twice"
     x = np.empty((table * len(rec), len(names)), np.float32)
-    channels = np.empty((frames * len(rec.acc), sum(len(g) for _, g in GROUPS)), np.float32)
+    channels = np.empty((frames * len(rec.acc), len(channel_names(GROUPS))), np.float32)
 
     def fill(order: I64) -> None:
         rows, start = gather_rows(rec.start, order)
@@ -1903,7 +1908,7 @@ MAX_DEVIATION = 10.0  # standard deviations; beyond them a channel says no more
 class NetworkSpec:
     """What a network is made of; equal specs have equal graphs. Stored beside its weights."""
 
-    groups: tuple[tuple[str, tuple[str, ...]], ...]  # as Frames.groups
+    groups: Groups  # as Frames.groups
     table: tuple[tuple[int, ...], ...]  # (L, 3) behavior, orientation, gesture of each label
     pad_len: int  # rows it sees, the last ones
     width: int  # channels of the first block
@@ -1911,7 +1916,7 @@ class NetworkSpec:
 
     @property
     def channels(self) -> tuple[str, ...]:
-        return tuple(name for _, names in self.groups for name in names)
+        return channel_names(self.groups)
 
     @property
     def n_steps(self) -> int:
@@ -2367,7 +2372,7 @@ def composite_proba(gesture: F32, label: F32, table: I64) -> F32:
     a gesture share the mean of both as the label head divides it.
     """
     code, proba = table[:, 2], softmax(label)
-    summed = proba @ np.eye(len(GESTURES), dtype=np.float32)[code]  # (B, K)
+    summed = gesture_proba(proba, table)  # (B, K)
     mean = (softmax(gesture) + summed) / 2
     joint = proba / np.maximum(summed, 1e-30)[:, code] * mean[:, code]
     return np.asarray(joint / joint.sum(axis=1, keepdims=True), np.float32)
@@ -2464,10 +2469,8 @@ class Training:
         by_gesture, truth = gesture_proba(proba, self.labels.table), self.labels.gesture[job.valid]
         said = by_gesture.argmax(axis=1)
         binary, macro = f1_of_counts(count_classes(truth, said))[:, 0].tolist()
-        val_loss, lowest = (
-            log_loss(by_gesture, truth),
-            history[best - 1]["val_loss"] if best else np.inf,
-        )
+        val_loss = log_loss(by_gesture, truth)
+        lowest = history[best - 1]["val_loss"] if best else np.inf
         epoch = {"train_loss": loss, "val_loss": val_loss, "lr": self.rates()[-1]}
         epoch |= {"val_acc": float((said == truth).mean()), "score": (binary + macro) / 2}
         history.append(epoch | {"bin_f1": binary, "macro_f1": macro})
@@ -2640,10 +2643,7 @@ def torch_classes() -> types.SimpleNamespace:  # noqa: C901 a builder that only 
         def __init__(self, spec: NetworkSpec) -> None:
             super().__init__()
             names, channels = zip(*spec.groups, strict=True)
-            number, widths = (
-                np.arange(len(names)),
-                [STEM_WIDTH.get(name, TOF_WIDTH) for name in names],
-            )
+            number, widths = np.arange(len(names)), [STEM_WIDTH.get(n, TOF_WIDTH) for n in names]
             seen = [n for n in number if spec.images and names[n].startswith("tof_")]
             inputs = np.r_[np.repeat(number, [*map(len, channels)]), number]  # group of each input
             inputs = np.r_[inputs, np.repeat(seen, IMAGE_WIDTH)]
@@ -2804,7 +2804,8 @@ class TorchLearner:
         averaged = functools.partial(torch.optim.swa_utils.AveragedModel, use_buffers=True)
         self.average = averaged(self.net, multi_avg_fn=self.update_ema)
         self.answering = self.average.module if cfg.torch_ema else self.net
-        self.autocast = functools.partial(torch.autocast, device.type, half, enabled=bool(half))
+        halved = half not in (None, torch.float32)
+        self.autocast = functools.partial(torch.autocast, device.type, half, enabled=halved)
         self.device, self.precision = str(device), str(half or "float32").removeprefix("torch.")
         self.out_of_memory = torch.OutOfMemoryError
 
@@ -2819,6 +2820,7 @@ class TorchLearner:
         self.noise = torch.Generator(self.device).manual_seed(seed) if one_device else None
 
     def train_step(self, pieces: Sequence[Batch], rate: float) -> float:
+        """One step over the pieces of a batch, each by its share; the batch's loss."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)  # also what a step that lacked memory has left
@@ -2954,13 +2956,15 @@ def start_keras(threads: int) -> None:
     for name, value in (wanted | {"TF_CPP_MIN_LOG_LEVEL": "3"}).items():
         os.environ.setdefault(name, value)
     stderr = os.dup(2)
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
     try:
         with contextlib.suppress(ImportError):
             importlib.import_module("triton")
         backend, _ = keras.backend.backend(), tf.config.list_physical_devices("GPU")
     finally:
         os.dup2(stderr, 2)
+        os.close(stderr)
     if backend != "tensorflow":
         raise ConfigError(f"Keras runs on {backend} here, not tensorflow: restart, or USE_KERAS=0.")
     keras.config.set_image_data_format("channels_last")  # ~/.keras/keras.json may say otherwise
@@ -3117,6 +3121,7 @@ class KerasLearner:
             layer.seed_generator.state.assign([seed + i, 0])
 
     def train_step(self, pieces: Sequence[Batch], rate: float) -> float:
+        """As TorchLearner's: gradients of the pieces add up, then one step."""
         self.optimizer.learning_rate = rate
         n, losses, grads = sum(map(len, pieces)), [], []
         for piece in pieces:
@@ -3963,8 +3968,9 @@ def blend_members(
         files.append(cfg.out / "oof" / f"oof_blend_{mode}_proba.npy")
     rows = score_lines(proba, answers, Scorer(data, cfg))
     gains = {r["mode"]: r["difference"]["score"] for r in rows if r["kind"] == "assigned"}
+    secs = {m: sum(sum(i.model_secs()) for i in items if i.member == m) for m in MEMBERS}
     for row in rows:
-        row["secs"] = sum(sum(i.model_secs()) for i in items if i.member == row["name"]) or None
+        row["secs"] = secs.get(row["name"]) or None
     write_json(files[0], {
         "modes": {mode: dataclasses.asdict(blend) for mode, blend in blends.items()},
         "labels": labels.table.tolist(),
@@ -4841,14 +4847,17 @@ def saved_folds(rec: Recordings, cfg: Config) -> I64:
 
 def needless_modes(rec: Recordings, cfg: Config) -> dict[str, str]:
     """Modes in which nothing need be trained, and why."""
-    needless, by_data = {}, cfg.no_rotation == "auto"
+    needless = {}
     if (rec.tof == MISSING).all() and np.isnan(rec.thm).all():
         needless["all"] = "no ToF and no THM in the data: imu is the same"
-    known = np.logical_or.reduceat(np.isfinite(rec.rot[:, 0]), rec.start[:-1])
-    test = read_table(cfg.data_dir / TEST_FILES[0], ("sequence_id",), ROT[:1])
-    of_test = test.group_by("sequence_id").agg(pl.col(ROT[0]).is_not_null().any())[ROT[0]]
-    if cfg.no_rotation == "0" or (by_data and known.all() and of_test.all()):
-        needless[NO_ROTATION] = "every recording has a rotation"
+    if cfg.no_rotation == "0":
+        needless[NO_ROTATION] = "NO_ROTATION=0"
+    elif cfg.no_rotation == "auto":
+        known = np.logical_or.reduceat(np.isfinite(rec.rot[:, 0]), rec.start[:-1])
+        test = read_table(cfg.data_dir / TEST_FILES[0], ("sequence_id",), ROT[:1])
+        of_test = test.group_by("sequence_id").agg(pl.col(ROT[0]).is_not_null().any())[ROT[0]]
+        if known.all() and of_test.all():
+            needless[NO_ROTATION] = "every recording has a rotation"
     return needless
 
 
@@ -4988,7 +4997,7 @@ def main(env: Mapping[str, str], arguments: Sequence[str] = ()) -> None:
     if asked.help:
         print("\n".join([(__doc__ or "").strip(), "", *settings_table(cfg)]))  # noqa: T201
     if asked.help_features:
-        print_feature_help(cfg)
+        print_feature_help()
     if asked.help or asked.help_features:
         return
     STAGES.clear()

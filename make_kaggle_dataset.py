@@ -32,7 +32,6 @@ import cmi_pipeline as cmi
 METADATA = "dataset-metadata.json"
 KERNEL = Path(__file__).with_name("kernel-metadata.json")
 MACHINE_SHAPE = "NvidiaTeslaT4"
-COMPETITION = "cmi-detect-behavior-with-sensor-data"
 LENGTH = range(6, 51)  # of a title and of a slug's second half, as the kaggle command demands
 
 
@@ -75,7 +74,7 @@ def files_to_pack(out: Path) -> list[Path]:
 
 
 def whole_models(out: Path, name: str, n_folds: int) -> dict[str, tuple[Path, list[str], cmi.I64]]:
-    """What serving would use of a member, by mode; an error if a mode or a fold is missing."""
+    """What serving would use of a member, by mode; an error if one is damaged or lacks a fold."""
     member, own = cmi.MEMBERS[name], out / f"{name}_models"
     usable = cmi.usable_models(own, member.files)  # logs what is damaged
     for mode in cmi.read_json(own / "bundle.json")["modes"]:
@@ -134,7 +133,7 @@ def next_steps(slug: str, target: Path) -> list[tuple[str, str]]:
         ("Push", "kaggle kernels push    # prints the VERSION; wait until it is complete"),
         (
             "Submit",
-            f"kaggle competitions submit {COMPETITION} -k {user}/{name} -v VERSION "
+            f"kaggle competitions submit {cmi.COMPETITION} -k {user}/{name} -v VERSION "
             "-f submission.parquet -m 'CMI pipeline'",
         ),
     ]

@@ -196,7 +196,7 @@ def test_a_feature_is_one_function_and_one_line(whole, monkeypatch, capsys):
     expected = [whole.thm[a:b, 0].max() for a, b in itertools.pairwise(whole.start)]
     assert_array_equal(table.x[:, -1], expected)
     assert "thm_1_highest" not in table.of_mode("imu").names
-    cmi.print_feature_help(cmi.Config())
+    cmi.print_feature_help()
     printed = capsys.readouterr().out
     assert "warmest: The warmest reading of all.\n  thm_1_highest" in printed
     assert [row.split() for row in printed.splitlines() if row.startswith("  ")] == [
