@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -278,10 +277,11 @@ def test_a_disk_that_takes_no_more(plain: Path, tmp_path: Path, limit: int) -> N
     """Nothing is lost but what is trained again; with room the same command goes on."""
     out, again = copied(plain, tmp_path / "out"), PLAIN | {"LGBM_LR": "0.2", "SAVE_JSONL": "0"}
     before = {path: path.read_bytes() for path in out.rglob("*") if path.suffix in KINDS}
-    done = subprocess.run(
-        [sys.executable, str(runs.SCRIPT)], cwd=tmp_path, capture_output=True, text=True, timeout=1800,
-        env=runs.environment(out, **again),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    limited = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (%d, %d)); "
+    start = limited % (limit, limit) + "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    done = subprocess.run(  # not by preexec_fn: gRPC's threads of this process would wake in the fork
+        [sys.executable, "-c", start, str(runs.SCRIPT)], cwd=tmp_path, capture_output=True,
+        env=runs.environment(out, **again), text=True, timeout=1800,
     )  # fmt: skip
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     one_line(done.stderr, str(out), os.strerror(errno.EFBIG), "Make room")
