@@ -70,7 +70,7 @@ class Progress:
             log("progress", self.line())
 
     def line(self) -> str:
-        """Done and total, rate, ETA, slowest call, the call under way, answers by frequency."""
+        """Done and total, rate, ETA, slowest call, the call under way, the commonest answers."""
         current = self.current  # the other thread may clear it
         waiting = time.monotonic() - current[0] if current else 0.0
         parts = [f"done={self.done}/{'?' if self.total is None else self.total}"]
@@ -83,8 +83,9 @@ class Progress:
         if current and waiting >= 1:
             parts.append(f"waiting={duration(waiting)} for {current[1]}")
         if self.answers:
-            counts = ", ".join(f"{answer} {n}" for answer, n in self.answers.most_common())
-            parts.append(f"answers: {counts}")
+            most = [f"{answer} {n}" for answer, n in self.answers.most_common(2)]
+            others = [f"{len(self.answers) - 2} others"] if len(self.answers) > 2 else []
+            parts.append(f"answers: {', '.join(most + others)}")
         return "  ".join(parts)
 
     def _seconds_per_answer(self) -> float:
