@@ -89,10 +89,8 @@ cmi.main(env, ["PLAN_ONLY=1"])
 # Left-handers were mirrored, as the models see them.
 
 # %%
-named = [cfg.cmi_data_dir] if cfg.cmi_data_dir else []
-attached = sorted(Path("/kaggle/input").glob("**/cmi-detect-behavior-with-sensor-data"))
-simulated = sorted(cfg.out.glob("simulated-*"), key=os.path.getmtime, reverse=True)
-data = next(f for f in (*named, *attached, *simulated) if (f / "train.csv").is_file())
+with capture_output(stdout=True):
+    data = cmi.settle(cfg, env).data_dir  # the very folder of the plan
 
 rec = cmi.read_train(data)
 rec = cmi.canonical(rec, np.zeros(len(rec), bool))  # as if everybody were right-handed
@@ -285,7 +283,7 @@ def draw_curves():
         2, len(members), figsize=(11, 6), sharex="col", sharey="row", squeeze=False
     )
     for path in files:
-        epochs, (member, mode) = pl.read_csv(path), path.parts[-3:-1]
+        epochs, (member, mode) = pl.read_csv(path.read_bytes()), path.parts[-3:-1]
         upper, lower = grid[:, members.index(member)]
         label = mode if path.name.startswith("fold00_train") else None
         for axes, name, line in ((upper, "score", ".-"), (lower, "val_loss", ".-"),
@@ -435,8 +433,10 @@ plt.show()
 # %%
 submission = pl.read_parquet((cfg.out / "submission.parquet").read_bytes())
 first = submission["sequence_id"][0]
-sequence = pl.read_csv(data / "test.csv", infer_schema_length=None).filter(sequence_id=first)
-people = pl.read_csv(data / "test_demographics.csv").filter(subject=sequence["subject"][0])
+test, people = (pl.read_csv((data / name).read_bytes(), infer_schema_length=None)
+                for name in ("test.csv", "test_demographics.csv"))  # fmt: skip
+sequence = test.filter(sequence_id=first)
+people = people.filter(subject=sequence["subject"][0])
 likely = cmi.Predictor(cfg).predict_proba(sequence, people)
 display(submission.head())
 pl.DataFrame({"gesture": [*likely], "probability": [*likely.values()]}).top_k(5, by="probability")

@@ -40,30 +40,29 @@ def main() -> None:
     parser.add_argument("--before", type=Path, nargs="+", required=True)
     parser.add_argument("--after", type=Path, nargs="+", required=True)
     options = parser.parse_args()
-    truth = np.load(options.after[0] / "oof" / "y_true.npy")
-    folds = [pl.read_csv(run / "folds.csv") for run in (*options.before, *options.after)]
-    for run, other in zip((*options.before, *options.after), folds, strict=True):
+    sides = options.before, options.after
+    truth, folds = (
+        np.load(sides[1][0] / "oof" / "y_true.npy"),
+        pl.read_csv(sides[1][0] / "folds.csv"),
+    )
+    for run in (*options.before, *options.after):
         same = np.array_equal(np.load(run / "oof" / "y_true.npy"), truth)
-        if not (same and other.equals(folds[0])):
+        if not (same and pl.read_csv(run / "folds.csv").equals(folds)):
             sys.exit(f"{run} is of other data or folds.")
-    subject = folds[0]["subject"].to_numpy().astype(str)
+    subject = folds["subject"].to_numpy().astype(str)
     n = len(np.unique(subject))
     draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), DRAWS)
-    whole = np.ones((1, n), np.int64)
+    draws[0] = 1  # everybody once: the score itself
     print("| out of fold | before | after | difference | 95 % interval |")
     print("|---|---|---|---|---|")
     for name in NAMES:
-        sides = [
-            subject_counts(runs, name, truth, subject) for runs in (options.before, options.after)
-        ]
-        before, after = (mean_score(counts, whole)[0] for counts in sides)
-        low, high = np.percentile(
-            mean_score(sides[1], draws) - mean_score(sides[0], draws), (2.5, 97.5)
+        before, after = (
+            mean_score(subject_counts(runs, name, truth, subject), draws) for runs in sides
         )
+        low, high = np.percentile((after - before)[1:], (2.5, 97.5))
         label = name.replace("_", " ") + (" (nested)" if name.startswith("blend") else "")
-        print(
-            f"| {label} | {before:.4f} | {after:.4f} | {after - before:+.4f} | {low:+.3f} … {high:+.3f} |"
-        )
+        change = f"{after[0] - before[0]:+.4f} | {low:+.3f} … {high:+.3f}"
+        print(f"| {label} | {before[0]:.4f} | {after[0]:.4f} | {change} |")
 
 
 if __name__ == "__main__":

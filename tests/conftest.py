@@ -15,10 +15,8 @@ if importlib.util.find_spec("cmi_pipeline") is None:
 
 @pytest.fixture(scope="session")
 def road(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder of one full run of all members, for reading only, and what the run printed.
-
-    The processes of pytest-xdist share it: the first to come makes it while the others wait.
-    """
+    """The folder of one full run of all members, for reading only, and what the run printed; the
+    first process of pytest-xdist to come makes it while the others wait."""
     from runs import good, run
 
     own = tmp_path_factory.getbasetemp()
@@ -48,3 +46,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords and not config.option.markexpr:
             item.add_marker(skip)
+    # one process makes the road for the first file, the other meanwhile runs files without it
+    of_road = {item.path for item in items if "road" in getattr(item, "fixturenames", ())}
+    items.sort(key=lambda item: item.path, reverse=True)
+    items.sort(key=lambda item: (item.path != max(of_road, default=None), item.path in of_road))

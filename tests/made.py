@@ -40,10 +40,7 @@ def changed(rec, **arrays):
 
 def alone(rec, i):
     """Recording i by itself, its arrays copied."""
-    part = rec.part(i, i + 1)
-    return changed(
-        part, **{k: getattr(part, k).copy() for k in ("acc", "rot", "thm", "tof", "start")}
-    )
+    return joined([rec.part(i, i + 1)])
 
 
 def joined(parts):

@@ -17,9 +17,6 @@ LAST = 31
 SENSORS = range(1, 6)
 
 
-# ---- motion ------------------------------------------------------------------------------------
-
-
 def repaired(rot):
     """Unit quaternions (T, 4), w first, gaps filled; all NaN if nothing is known."""
     q = np.array(rot, float)
@@ -38,8 +35,7 @@ def repaired(rot):
 
 def guessed_up(acc):
     """Direction of the running median of 15 rows."""
-    rows = [np.nanmedian(acc[max(0, t - 7) : t + 8], axis=0) for t in range(len(acc))]
-    slow = np.array(rows)
+    slow = np.array([np.nanmedian(acc[max(0, t - 7) : t + 8], axis=0) for t in range(len(acc))])
     return slow / np.linalg.norm(slow, axis=1, keepdims=True)
 
 
@@ -88,26 +84,18 @@ def images(tof):
     out = {
         "near": seen.sum(axis=axes) / valid,
         "dist": np.nanmean(d, axis=axes),
-        "min": np.nanmin(d, axis=axes),
-        "sd": np.nanstd(d, axis=axes),
         "cx": cx,
         "cy": cy,
-        "xx": xx,
-        "yy": yy,
-        "xy": np.nanmean(dx * dy, axis=axes),
-        "sx": np.nanmean(level * dx, axis=axes) / np.where(xx > 1e-9, xx, np.nan),
-        "sy": np.nanmean(level * dy, axis=axes) / np.where(yy > 1e-9, yy, np.nan),
-        "asym_x": (seen[:, :, 4:].sum(axis=axes) - seen[:, :, :4].sum(axis=axes)) / valid,
-        "asym_y": (seen[:, 4:].sum(axis=axes) - seen[:, :4].sum(axis=axes)) / valid,
     }
-    regions = {
-        "mid": (slice(2, 6), slice(2, 6)),
-        "nw": (slice(0, 4), slice(0, 4)),
-        "ne": (slice(0, 4), slice(4, 8)),
-        "sw": (slice(4, 8), slice(0, 4)),
-        "se": (slice(4, 8), slice(4, 8)),
-    }
-    for name, (rows, columns) in regions.items():
+    out |= {"min": np.nanmin(d, axis=axes), "sd": np.nanstd(d, axis=axes), "xx": xx, "yy": yy}
+    out["xy"] = np.nanmean(dx * dy, axis=axes)
+    out["sx"] = np.nanmean(level * dx, axis=axes) / np.where(xx > 1e-9, xx, np.nan)
+    out["sy"] = np.nanmean(level * dy, axis=axes) / np.where(yy > 1e-9, yy, np.nan)
+    out["asym_x"] = (seen * np.sign(x)).sum(axis=axes) / valid
+    out["asym_y"] = (seen * np.sign(y)).sum(axis=axes) / valid
+    low, mid, high = slice(0, 4), slice(2, 6), slice(4, 8)
+    regions = {"nw": (low, low), "ne": (low, high), "sw": (high, low), "se": (high, high)}
+    for name, (rows, columns) in (regions | {"mid": (mid, mid)}).items():
         out[f"{name}_near"] = seen[:, rows, columns].mean(axis=axes)
         out[f"{name}_dist"] = np.nanmean(d[:, rows, columns], axis=axes)
     close = np.where(seen, 250 - codes, 0)
@@ -142,9 +130,6 @@ def signals(rec, i):
     return out, m
 
 
-# ---- features ----------------------------------------------------------------------------------
-
-
 def still(x):
     """Is this constant, but for rounding?"""
     x = x[~np.isnan(x)]
@@ -162,21 +147,14 @@ def mean(x):
 def statistics(name, x, moves):
     """The statistics that every signal has; quantiles for motion only."""
     n, gesture, before = len(x), x[-LAST:], x[:-LAST]
-    kept = x[~np.isnan(x)]
-    constant = still(x)
-    d = np.diff(x, prepend=np.nan)
-    out = {
-        "mean": mean(x),
-        "sd": sd(x),
-        "skew": np.nan if constant else stats.skew(kept),
-        "kurtosis": np.nan if constant else stats.kurtosis(kept),
-    }
+    d, shaped = np.diff(x, prepend=np.nan), [np.nan] if still(x) else x[~np.isnan(x)]
+    out = {"mean": mean(x), "sd": sd(x)}
+    out |= {"skew": stats.skew(shaped), "kurtosis": stats.kurtosis(shaped)}
     if moves:
         q = {f"q{p}": np.nanquantile(x, p / 100) for p in (10, 25, 50, 75, 90)}
         out |= {"min": np.nanmin(x), "max": np.nanmax(x), **q, "iqr": q["q75"] - q["q25"]}
     out |= {"first": mean(x[:3]), "last": mean(x[-3:]), "delta": mean(x[-3:]) - mean(x[:3])}
-    for k in range(3):
-        out[f"third{k + 1}"] = mean(x[n * k // 3 : n * (k + 1) // 3])
+    out |= {f"third{k + 1}": mean(x[n * k // 3 : n * (k + 1) // 3]) for k in range(3)}
     out |= {"before_mean": mean(before), "before_sd": sd(before)}
     out |= {"gesture_mean": mean(gesture), "gesture_sd": sd(gesture)}
     out["change"] = mean(gesture) - mean(before)
@@ -197,8 +175,7 @@ def compass(m):
 
 
 def spectrum(x, rows):
-    """Power at 1 / rows … 1/2 cycle per row, by scipy's Welch; gaps are at the mean."""
-    x = np.where(np.isnan(x), mean(x), x)
+    """Power at 1 / rows … 1/2 cycle per row, by scipy's Welch."""
     window = min(len(x), rows)
     f, p = sps.welch(x, 1.0, "hann", window, window // 2, rows, "constant")
     return f[1:], p[1:]
@@ -219,19 +196,14 @@ def spectra(s):
                     sums[f"lin_{a}"] = p
             sums[group] = power
         for name, p in sums.items():
-            total = p.sum()
-            if not total > 1e-12:
-                p = np.full_like(p, np.nan)
-                total = np.nan
-            share = p / total
-            k = len(p) // 4
+            known, k = p.sum() > 1e-12, len(p) // 4
+            share = p / (p.sum() if known else np.nan)
             shape = {f"band{b + 1}": share[b * k : b * k + k].sum() for b in range(4)}
             shape["centroid"] = (share * f).sum()
-            known = np.isfinite(total)
             shape["rolloff"] = f[np.flatnonzero(np.cumsum(share) >= 0.85)[0]] if known else np.nan
             shape["peak"] = f[np.flatnonzero(p >= p.max() * (1 - 1e-9))[0]] if known else np.nan
             shape["entropy"] = stats.entropy(share) / np.log(len(p)) if known else np.nan
-            shape["power"] = np.log10(total)
+            shape["power"] = np.log10(p.sum() if known else np.nan)
             out |= {f"{name}_{part}{stat}": v for stat, v in shape.items()}
     return out
 
@@ -287,14 +259,12 @@ def histograms(s):
 def nearby(s):
     """Thermopiles and ToF sensors."""
     out = {}
-    t = np.arange(len(s["thm_1"]))
     warm = np.stack([s[f"thm_{k}"] for k in SENSORS])[:, -LAST:]
     warmest = [np.nanargmax(row) + 1 for row in warm.T if np.isfinite(row).any()]
     for k in SENSORS:
         x = s[f"thm_{k}"]
-        g = np.isfinite(x[-LAST:])
-        ok = g.sum() > 1
-        slope = np.polyfit(t[-LAST:][g], x[-LAST:][g], 1)[0] if ok else np.nan
+        g = np.flatnonzero(np.isfinite(x[-LAST:]))
+        slope = np.polyfit(g, x[-LAST:][g], 1)[0] if len(g) > 1 else np.nan
         out |= {f"thm_{k}_rise": mean(x[-LAST:]) - mean(x[:3]), f"thm_{k}_slope": slope}
         out[f"thm_{k}_hottest"] = warmest.count(k) / len(warmest) if warmest else np.nan
         for name in s:
@@ -306,12 +276,10 @@ def nearby(s):
 
 def about(rec, i, s):
     """Wearer and presence."""
-    names = ("adult_child", "age", "sex", "handedness", "height_cm")
-    names += ("shoulder_to_wrist_cm", "elbow_to_wrist_cm")
-    out = {n: float(v) for n, v in zip(names, rec.person[i], strict=True)}
-    out["arm_to_height"] = out["shoulder_to_wrist_cm"] / out["height_cm"]
-    out["forearm_to_arm"] = out["elbow_to_wrist_cm"] / out["shoulder_to_wrist_cm"]
-    del out["handedness"]
+    adult, age, sex, _, height, arm, forearm = (float(v) for v in rec.person[i])
+    out = {"adult_child": adult, "age": age, "sex": sex, "height_cm": height}
+    out |= {"shoulder_to_wrist_cm": arm, "elbow_to_wrist_cm": forearm}
+    out |= {"arm_to_height": arm / height, "forearm_to_arm": forearm / arm}
     rows = slice(rec.start[i], rec.start[i + 1])
     out["n_rows"] = float(rec.start[i + 1] - rec.start[i])
     out["rot_present"] = np.isfinite(rec.rot[rows]).all(axis=1).mean()
@@ -328,9 +296,8 @@ def features(rec, i):
         s, m = signals(rec, i)
         out = {}
         for name, x in s.items():
-            if name.startswith("tof") and name[6:] not in ("near", "dist"):
-                continue
-            out |= statistics(name, x, moves=not name.startswith(("thm", "tof")))
+            if not name.startswith("tof") or name[6:] in ("near", "dist"):
+                out |= statistics(name, x, moves=not name.startswith(("thm", "tof")))
         parts = [part(s) for part in (spectra, correlations, echoes, histograms, nearby)]
         parts += [compass(m), about(rec, i, s)]
         for part in parts:
@@ -339,18 +306,14 @@ def features(rec, i):
         return out
 
 
-# ---- channels ----------------------------------------------------------------------------------
-
-
 def channels(rec, i):
     """All channels of recording i: name → (T)."""
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
         s, m = signals(rec, i)
     blind = np.isnan(m["q"][0, 0])
-    out = {
-        n: s[n] for n in s if n.startswith(("acc", "lin", "omega", "world_up", "world_flat", "thm"))
-    }
+    stems = ("acc", "lin", "omega", "world_up", "world_flat", "thm")
+    out = {name: x for name, x in s.items() if name.startswith(stems)}
     out |= {"swing": m["swing"], "jerk_mag": s["jerk_mag"]}
     for k, a in enumerate("xyz"):
         out[f"jerk_{a}"] = m["jerk"][:, k]

@@ -20,13 +20,14 @@ ROOT = Path(cmi.__file__).parent
 SCRIPT = ROOT / "cmi_pipeline.py"
 SMALL = {
     "SIM_SUBJECTS": "5", "SIM_TEST_SUBJECTS": "1", "SIM_RECORDINGS": "16", "N_FOLDS": "2",
-    "LGBM_ROUNDS": "30", "LGBM_LR": "0.1", "TORCH_MAX_EPOCHS": "2", "KERAS_MAX_EPOCHS": "2",
+    "LGBM_ROUNDS": "30", "LGBM_LR": "0.1", "TORCH_MAX_EPOCHS": "2", "KERAS_MAX_EPOCHS": "1",
     "NO_ROTATION": "1", "STRICT": "1",
 }  # fmt: skip
 QUICK = {"USE_TORCH": "0", "USE_KERAS": "0"}
 ALIKE = {"SUBJECT_ASSIGNMENT": "0"}  # answers do not depend on the order of the questions
 PLAIN = {**QUICK, **ALIKE, "CMI_BACKEND": "threading"}
 Question = tuple[pl.DataFrame, pl.DataFrame]
+Road, Printed, Patch = tuple[Path, str], pytest.CaptureFixture[str], pytest.MonkeyPatch
 
 
 def clean_environment() -> dict[str, str]:
@@ -87,6 +88,11 @@ def config(out: Path, **settings: str) -> cmi.Config:
     own = {"OUTPUT_PATH": str(out), "CMI_BACKEND": "threading"}
     data = {} if "CMI_DATA_DIR" in settings else {"CMI_DATA_DIR": str(data_of(out))}
     return cmi.Config.from_env({**SMALL, **own, **data, **settings})
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    """What was printed, its long lines as one."""
+    return " ".join(capsys.readouterr().out.split())
 
 
 def plan_of(printed: str) -> dict[tuple[str, str], tuple[str, str]]:

@@ -45,12 +45,12 @@ DAMAGE: tuple[Callable[[pl.DataFrame], pl.DataFrame], ...] = (
 )
 
 
-def held(pid: int) -> tuple[float, int, int]:
+def held(pid: int) -> np.ndarray:
     """Resident memory (MB), threads and open descriptors of a process."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     about = dict(line.split(":\t", 1) for line in lines)
-    memory = int(about["VmRSS"].split()[0]) / 1024
-    return memory, int(about["Threads"]), len(os.listdir(f"/proc/{pid}/fd"))
+    memory, threads = int(about["VmRSS"].split()[0]) // 1024, int(about["Threads"])
+    return np.array([memory, threads, len(os.listdir(f"/proc/{pid}/fd"))])
 
 
 def asked(folder: Path, count: int, rng: np.random.Generator) -> Iterator[Question]:
@@ -86,18 +86,17 @@ def soak(bundle: Path, count: int, folder: Path) -> bool:
             wrong += type(answer) is not str or answer not in cmi.GESTURES
             if i == min(WARM, count // 2) or i % 500 == 0 or i == count:
                 seen.append(held(server.pid))
-                print(f"{i} answers: {seen[-1][0]:.0f} MB, {seen[-1][1:]} threads, descriptors")
+                print(f"{i} answers: MB, threads, descriptors {seen[-1]}", flush=True)
     finally:
         client.close()
         server.terminate()
         server.wait(30)
-    p50, p95, p99 = np.percentile(secs[1:], (50, 95, 99))
     fallbacks = (folder / "server.log").read_text().count(" fallback ")
     print(f"{wrong} of {len(secs)} answers wrong, {fallbacks} lines of fallbacks")
-    print(f"first {secs[0]:.0f} ms, then p50 {p50:.0f}, p95 {p95:.0f}, p99 {p99:.0f}")
-    grown = max(memory for memory, *_ in seen) - seen[0][0]
-    more = any(now > then for now, then in zip(seen[-1][1:], seen[0][1:], strict=True))
-    return not wrong and grown < MEMORY_LIMIT and not more
+    times = np.round([secs[0], *np.percentile(secs[1:], (50, 95, 99))])
+    print("first, p50, p95, p99 in ms:", *times)
+    grown, more = np.max(seen, axis=0)[0] - seen[0][0], seen[-1][1:] > seen[0][1:]
+    return not wrong and grown < MEMORY_LIMIT and not more.any()
 
 
 def main() -> None:

@@ -10,15 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import QUICK, ROOT, check_submission, copied, data_of, good, plan_of, run_here
+from runs import ROOT, copied, good
 
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 import cmi_pipeline as cmi
 import make_kaggle_dataset as maker
 
-SLUG = "some-one/cmi-bundles"
+Patch = pytest.MonkeyPatch
 Printed = pytest.CaptureFixture[str]
+Road = tuple[Path, str]
+SLUG = "some-one/cmi-bundles"
 
 
 def pack(out: Path, target: Path, *words: str) -> None:
@@ -33,26 +35,24 @@ def refusal(out: Path, target: Path, *words: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def dataset(road: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def dataset(road: Road, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models of all members, packed by the command in a process of its own."""
     target = tmp_path_factory.mktemp("dataset") / "bundles [1]"
     script = str(ROOT / "make_kaggle_dataset.py")
     command = [sys.executable, script, str(road[0]), str(target), "--slug", SLUG]
     done = subprocess.run(command, cwd=target.parent, text=True, capture_output=True, timeout=1800)
-    upload = re.search(r"kaggle datasets create (.*)", good(done))
-    assert upload
-    assert shlex.split(upload[1]) == ["-p", str(target), "--dir-mode", "zip", "--keep-tabular"]
-    submit = re.search(r"kaggle competitions submit (.*)", done.stdout)
-    assert submit
+    (upload,) = re.findall(r"kaggle datasets create (.*)", good(done))
+    assert shlex.split(upload) == ["-p", str(target), "--dir-mode", "zip", "--keep-tabular"]
+    (submit,) = re.findall(r"kaggle competitions submit (.*)", done.stdout)
     told = ["cmi-detect-behavior-with-sensor-data", "-k", "some-one/cmi-pipeline", "-v", "VERSION",
             "-f", "submission.parquet", "-m", "CMI pipeline"]  # fmt: skip
-    assert shlex.split(submit[1]) == told
+    assert shlex.split(submit) == told
     return target
 
 
 @pytest.fixture
 def copy(plain: Path, tmp_path: Path) -> Path:
-    """A copy of a run of LightGBM, to be damaged."""
+    """A run of LightGBM, to be damaged."""
     return copied(plain, tmp_path / "out", "checkpoints", "simulated-*", "logs")
 
 
@@ -60,9 +60,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_the_folder_holds_the_models_and_nothing_else(
-    road: tuple[Path, str], dataset: Path
-) -> None:
+def test_the_folder_holds_models_and_nothing_else(road: Road, dataset: Path) -> None:
     expected = {"dataset-metadata.json", "folds.csv", "ensemble/weights.json"}
     ends = {"lgbm": (".txt", "_orientation.txt", "_behavior.txt"),
             "torch": (".pt", "_spec.json"), "keras": (".keras", "_spec.json")}  # fmt: skip
@@ -76,39 +74,6 @@ def test_the_folder_holds_the_models_and_nothing_else(
     metadata = json.loads(packed.pop("dataset-metadata.json"))
     assert metadata == {"title": "Cmi bundles", "id": SLUG, "licenses": [{"name": "MIT"}]}
     assert all((road[0] / name).read_bytes() == raw for name, raw in packed.items())
-
-
-def test_an_attached_dataset_is_found_reused_and_served(
-    road: tuple[Path, str], dataset: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, capsys: Printed,
-) -> None:  # fmt: skip
-    """As Kaggle shows it: every folder went up as an archive and was unpacked there."""
-    folder = tmp_path / "input" / "datasets" / "some-one" / "cmi-bundles"
-    for part in (p for p in dataset.iterdir() if p.is_dir()):
-        archive = shutil.make_archive(str(tmp_path / part.name), "zip", part)
-        shutil.unpack_archive(archive, folder / part.name)
-    monkeypatch.setattr(cmi, "KAGGLE_INPUT", tmp_path / "input")
-    out, data = tmp_path / "out", data_of(road[0])
-    assert run_here(out, CMI_DATA_DIR=str(data), **QUICK) is None
-    printed = capsys.readouterr().out
-    for mode in cmi.ROUTES:
-        assert plan_of(printed)["lgbm", mode] == ("reuse", "everything matches")
-    assert not list(out.glob("*_models"))
-    check_submission(out, data)
-
-
-def test_the_kernel_asks_for_cards_that_torch_has_kernels_for(capsys: Printed) -> None:
-    """`enable_gpu` alone leaves the choice to the API, which took the P100 until summer 2026."""
-    kernel = json.loads((ROOT / "kernel-metadata.json").read_text())
-    assert (kernel["machine_shape"], kernel["enable_gpu"]) == ("NvidiaTeslaT4", True)
-    assert (kernel["enable_internet"], kernel["code_file"]) == (False, "cmi_pipeline.py")
-    told = dict(maker.next_steps(SLUG, ROOT / "bundles"))["Attach"]
-    assert json.loads(told[: told.index("}") + 1]) == {
-        "dataset_sources": [SLUG], "machine_shape": kernel["machine_shape"],
-    }  # fmt: skip
-    with pytest.raises(SystemExit, match="0"):
-        maker.main(["--help"])
-    assert '"machine_shape": "NvidiaTeslaT4"' in capsys.readouterr().out
 
 
 DAMAGES: tuple[tuple[str, Callable[[str], str] | None, str], ...] = (
@@ -137,13 +102,10 @@ def test_a_damaged_or_incomplete_run_is_refused(copy: Path, tmp_path: Path) -> N
         assert re.search(message, refusal(copy, tmp_path / "bundles")), name
         (copy / name).write_text(whole)
     assert "nowhere does not exist" in refusal(tmp_path / "nowhere", tmp_path / "bundles")
+    with cmi.only_run(copy):
+        assert "Another run is writing" in refusal(copy, tmp_path / "bundles")
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
     pack(copy, tmp_path / "bundles")
-
-
-def test_a_running_run_is_not_packed(copy: Path) -> None:
-    with cmi.only_run(copy):
-        assert "Another run is writing" in refusal(copy, copy.parent / "bundles")
 
 
 def test_only_an_earlier_package_of_the_same_name_is_replaced(copy: Path, tmp_path: Path) -> None:
@@ -165,9 +127,7 @@ def test_only_an_earlier_package_of_the_same_name_is_replaced(copy: Path, tmp_pa
     assert {p.name for p in tmp_path.iterdir()} == {"out", "foreign", "other", "own"}
 
 
-def test_a_full_disk_leaves_the_earlier_package(
-    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_package(copy: Path, tmp_path: Path, monkeypatch: Patch) -> None:
     target, n_copied, copyfile = tmp_path / "bundles", [], shutil.copyfile
     pack(copy, target)
     before = contents(target)
@@ -184,21 +144,15 @@ def test_a_full_disk_leaves_the_earlier_package(
     assert {p.name for p in tmp_path.iterdir()} == {"out", "bundles"}
 
 
-TITLE, USER = "A title", "write user/name"
-SLUGS = (
-    ("cmi-bundles", TITLE, USER), ("some-one/CMI-bundles", TITLE, USER),
-    ("some-one/cmi--bundles", TITLE, USER), ("a/b/cmi-bundles", TITLE, USER),
-    ("some-one/cmi-5", TITLE, "the name in --slug has 5 characters"),
-    ("some-one/" + "x" * 51, TITLE, "the name in --slug has 51 characters"),
-    ("some-one/cmi-66", "Five5", "--title has 5 characters"),
-    ("some-one/cmi-66", "", "--title has 0 characters"),
-    ("some-one/cmi-66", "x" * 51, "--title has 51 characters"),
-)  # fmt: skip
-
-
 def test_what_kaggle_would_refuse_is_refused_here(copy: Path) -> None:
-    target = copy.parent / "bundles"
-    for slug, title, message in SLUGS:
+    target, wrong = copy.parent / "bundles", ("cmi-bundles", "some-one/CMI--bundles", "a/b/bundles")
+    for slug, title, message in (
+        *((slug, "A title", "write user/name") for slug in wrong),
+        ("some-one/cmi-5", "A title", "the name in --slug has 5 characters"),
+        ("some-one/" + "x" * 51, "A title", "the name in --slug has 51 characters"),
+        ("some-one/cmi-66", "Five5", "--title has 5 characters"),
+        ("some-one/cmi-66", "x" * 51, "--title has 51 characters"),
+    ):
         assert message in refusal(copy, target, "--slug", slug, "--title", title)
         assert not target.exists()
     pack(copy, target, "--slug", "Some-One/cmi-66", "--title", "x" * 50)

@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import cmi_pipeline as cmi
 
 ROOT = Path(cmi.__file__).parent
@@ -52,7 +50,8 @@ def test_environment_is_read_in_one_place() -> None:
 def test_nothing_that_runs_code_is_ever_loaded() -> None:
     loading = r"pickle\.(load|loads|Unpickler)\b|joblib\.load\b|import (dill|cloudpickle)"
     allowing = r"allow_pickle=True|weights_only=False|safe_mode=False|(?<![\w.])(eval|exec)\("
-    assert not re.search(f"{loading}|{allowing}", SOURCE)
+    for path in (ROOT / "cmi_pipeline.py", *(ROOT / "kaggle_evaluation").rglob("*.py")):
+        assert not re.search(f"{loading}|{allowing}", path.read_text()), path
 
 
 def test_no_name_of_the_file_is_given_twice() -> None:
@@ -67,23 +66,20 @@ def test_no_name_of_the_file_is_given_twice() -> None:
     assert sorted({name for name in given if given.count(name) > 1}) == []
 
 
-def test_functions_are_short_and_import_nothing() -> None:
+def test_functions_are_short_and_import_nothing_and_broad_excepts_are_few() -> None:
     functions = [f for f in nodes(ast.FunctionDef) if f.name != "torch_classes"]  # holds classes
     lengths = {f"{f.name}, line {f.lineno}": f.end_lineno - f.lineno + 1 for f in functions}
     assert {name: n for name, n in lengths.items() if n > 40} == {}
     assert sorted(lengths.values())[len(lengths) // 2] <= 12
     inside = [n for f in functions for n in ast.walk(f) if type(n) in (ast.Import, ast.ImportFrom)]
     assert [ast.unparse(n) for n in inside] == []
-
-
-def test_broad_excepts_are_three_at_most() -> None:
     caught = [ast.unparse(h.type) if h.type else "Exception" for h in nodes(ast.ExceptHandler)]
     assert len([kind for kind in caught if re.search(r"\b(Base)?Exception\b", kind)]) <= 3
 
 
-@pytest.mark.parametrize(("name", "most"), [("cmi_pipeline.py", 5100), ("README.md", 250)])
-def test_files_and_lines_stay_as_short_as_was_promised(name: str, most: int) -> None:
-    assert len((ROOT / name).read_text().splitlines()) <= most
+def test_files_and_lines_stay_as_short_as_was_promised() -> None:
+    for name, most in {"cmi_pipeline.py": 4600, "README.md": 250}.items():
+        assert len((ROOT / name).read_text().splitlines()) <= most
     assert [i for i, line in enumerate(SOURCE.splitlines(), 1) if len(line) > 100] == []
 
 

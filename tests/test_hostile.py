@@ -1,6 +1,5 @@
 """Nothing let in: hostile bundles are refused unexecuted, hostile recordings answered all the same."""
 
-import functools
 import io
 import json
 import pickle
@@ -8,15 +7,13 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given
-from hypothesis import settings as limits
-from hypothesis import strategies as st
-from runs import copied, data_of, questions, run_here
+from runs import Printed, Road, copied, data_of, questions, run_here
 
 import cmi_pipeline as cmi
 
@@ -26,7 +23,7 @@ Change = Callable[[pl.DataFrame], pl.DataFrame]
 
 
 @pytest.fixture(scope="module")
-def bundles(road: tuple[Path, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundles(road: Road, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The models and weights of the full run, to be spoilt; each test puts back what it spoils."""
     return copied(road[0], tmp_path_factory.mktemp("bundles") / "out", "report", "logs")
 
@@ -98,18 +95,15 @@ def live_pickle(marker: Path, protocol: int = 4) -> bytes:
     return raw
 
 
-# ---- JSON ----------------------------------------------------------------------------------------
-
-LABELS = ([[0, 0, 10**9]], [[0, 0, 10**30]], [[0, 0, -1]], [[0, 0]], [], 7, "x", [[0.5, 0, 1]],
-          [["a", 0, 0]], [[0, 0, None]], [[1, 2, 3], [1]])  # fmt: skip
+LABELS = ([[0, 0, 10**30]], [[0, 0, -1]], [[0, 0]], [], 7, [[0.5, 0, 1]], [["a", 0, 0]],
+          [[1, 2], [1]])  # fmt: skip
 STEMS = (["../../secret"], ["/etc/passwd"], ["fold00/../fold01"], ["fold00\n"], ["fold0٣"],
-         ["fold0"], ["fold00.pt"], "fold00", [0], [None], 7)  # fmt: skip
-FILES = ({"/../../../folds.csv": "x"}, {".txt": "", "/../x.txt": ""}, ["x"], {}, None)
+         ["fold0"], "fold00", [0], 7)  # fmt: skip
+FILES = {"/../../../folds.csv": "x"}, {".txt": "", "/../x.txt": ""}, ["x"], {}, None
 SIX = {"parts": ["lgbm/all", "torch/all", "keras/all", "lgbm/imu", "torch/imu", "keras/imu"]}
-WEIGHTS = ([NAN] * 6, [INF, 0, 0, 0, 0, 0], [2, -1, 0, 0, 0, 0], [1], [[1, 0, 0, 0, 0, 0]], "lgbm",
-           [10**400, 0, 0, 0, 0, 0], None)  # fmt: skip
-MODES = ({}, [1], {"all": None}, {"other": SIX | {"weights": [1] * 6}})
-WEARERS = ({"prior": 1, "coefficients": [1.0]}, {"prior": NAN, "coefficients": [1.0] * 30}, "x")
+WEIGHTS = [NAN] * 6, [INF, 0, 0, 0, 0, 0], [2, -1, 0, 0, 0, 0], [1], [[1] * 6], [10**400] * 6, None
+MODES = {}, [1], {"all": None}, {"other": SIX | {"weights": [1] * 6}}
+WEARERS = {"prior": 1, "coefficients": [1.0]}, {"prior": NAN, "coefficients": [1.0] * 30}, "x"
 SPECS: tuple[dict[str, Any], ...] = (
     {"width": 10**9}, {"width": "os.system('x')"}, {"pad_len": 10**12}, {"groups": None},
     {"groups": [["imu", ["x"]]]}, {"table": [[0, 0, 10**12]]}, {"table": 7}, {"sd": None},
@@ -127,8 +121,8 @@ BROKEN: dict[str, list[dict[str, Any]]] = {
         *({"modes": {"all": SIX | {"weights": weights}}} for weights in WEIGHTS),
         *({"modes": modes} for modes in MODES),
         *({"wearer": wearer} for wearer in WEARERS),
-        *({"capacity": capacity} for capacity in (0, [1], [0] * 56, [10**7] * 56, "x", None)),
-        *({"digests": [1]}, {"assignment": [1]}, {"assignment": None}),
+        *({"capacity": capacity} for capacity in ([1], [0] * 56, [10**7] * 56, "x")),
+        *({"digests": [1]}, {"assignment": [1]}),
     ],
     "torch_models/imu/fold01_spec.json": [*SPECS],
 }
@@ -136,7 +130,7 @@ BROKEN: dict[str, list[dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_json_of_another_shape_is_refused(
-    bundles: Path, spoil: Spoil, marker: Path, name: str, capsys: pytest.CaptureFixture[str]
+    bundles: Path, spoil: Spoil, marker: Path, name: str, capsys: Printed
 ) -> None:
     """Names that lead elsewhere as well. Unless strict, the rest answers without it."""
     whole, member = json.loads((bundles / name).read_text()), "torch" if "spec" in name else "lgbm"
@@ -146,12 +140,9 @@ def test_json_of_another_shape_is_refused(
         path = spoil(name, content)
         with pytest.raises(cmi.DataError, match=str(path)):
             print(content[-300:], asked(bundles, member))
-        if name.startswith("ensemble"):
-            assert sum(asked(bundles, "lgbm", strict=False).values()) == pytest.approx(1, abs=1e-5)
-            assert f"left_out={path}" in capsys.readouterr().out
-
-
-# ---- weights of networks -------------------------------------------------------------------------
+    if name.startswith("ensemble"):
+        assert sum(asked(bundles, "lgbm", strict=False).values()) == pytest.approx(1, abs=1e-5)
+        assert f"left_out={path}" in capsys.readouterr().out
 
 
 def torch_files(whole: bytes, marker: Path) -> dict[str, bytes]:
@@ -169,23 +160,20 @@ def torch_files(whole: bytes, marker: Path) -> dict[str, bytes]:
     proven(marker, lambda: torch.load(io.BytesIO(evil), weights_only=False)["x"].close())
     return {
         "code beside weights": evil,
-        "a pickle": live_pickle(marker),
         "code for a tensor": saved(state | {first: Payload(marker)}),
         "code, old format": saved(Payload(marker), _use_new_zipfile_serialization=False),
         "a whole module": saved(torch.nn.Linear(2, 2)),
         "half": whole[: len(whole) // 2],
         "nothing": b"",
-        "a list": saved([1, 2]),
         "a tensor short": saved({k: v for k, v in state.items() if k != first}),
         "a tensor of another shape": saved(state | {first: torch.zeros(3)}),
     }
 
 
-def test_hostile_torch_files_are_refused(
-    bundles: Path, spoil: Spoil, marker: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_hostile_torch_files(
+    bundles: Path, spoil: Spoil, marker: Path, tmp_path: Path, capsys: Printed
 ) -> None:
-    """In serving the others answer. The plan takes them for good, since their notes are as they
-    must be: the command stops with a line."""
+    """In serving the others answer; the command, whose plan takes them for good, stops with a line."""
     name = "torch_models/all/fold01.pt"
     files = torch_files((bundles / name).read_bytes(), marker)
     for case, raw in files.items():
@@ -204,9 +192,7 @@ def test_hostile_torch_files_are_refused(
     assert line.startswith(f"cmi_pipeline: {path} ")
 
 
-def test_hostile_keras_files_are_refused(
-    bundles: Path, spoil: Spoil, marker: Path, tmp_path: Path
-) -> None:
+def test_hostile_keras_files(bundles: Path, spoil: Spoil, marker: Path, tmp_path: Path) -> None:
     name = "keras_models/imu/fold01.keras"
     load(bundles, "keras", "imu")  # it imports what TensorFlow makes impossible later
     import keras
@@ -227,30 +213,22 @@ def test_hostile_keras_files_are_refused(
             load(bundles, "keras", "imu")
 
 
-# ---- LightGBM ------------------------------------------------------------------------------------
-
-
-def nonsense(text: str) -> Iterator[str]:
-    """Texts that pose as a booster."""
-    head, tree = text.split("\nTree=0\n", 1)
-    end = text.index("\nend of trees")
-    for cut in np.random.default_rng(3).integers(0, end, 40):
-        yield text[:cut]
-    yield text[: end // 2] + "\nend of trees\n"
-    yield head + "\nend of trees\n"
-    yield head + "\nTree=0\n" + "\x00\x01garbage=1\n" * 500 + "end of trees\n"
-    yield head + "\nTree=1\n" + tree.split("\nTree=1\n", 1)[1]
-    yield head + "\nTree=0\n\nTree=0\n" + tree
-    yield text.replace("num_class=18", "num_class=180000000", 1)
-    yield re.sub(r"tree_sizes=.*\n", "", text)
-    yield re.sub(r"feature_names=\S+", "feature_names=evil", text)
-
-
 def test_lightgbm_texts_that_are_not_whole_are_refused(bundles: Path, spoil: Spoil) -> None:
     """LightGBM itself would end the process with some of them."""
     name = "lgbm_models/all/fold00.txt"
     whole = (bundles / name).read_text()
-    for text in nonsense(whole):
+    (head, tree), end = whole.split("\nTree=0\n", 1), whole.index("\nend of trees")
+    for text in (
+        *(whole[:cut] for cut in np.random.default_rng(3).integers(0, end, 40)),
+        whole[: end // 2] + "\nend of trees\n",
+        head + "\nend of trees\n",
+        head + "\nTree=0\n" + "\x00\x01garbage=1\n" * 500 + "end of trees\n",
+        head + "\nTree=1\n" + tree.split("\nTree=1\n", 1)[1],
+        head + "\nTree=0\n\nTree=0\n" + tree,
+        whole.replace("num_class=18", "num_class=180000000", 1),
+        re.sub(r"tree_sizes=.*\n", "", whole),
+        re.sub(r"feature_names=\S+", "feature_names=evil", whole),
+    ):
         assert text != whole
         spoil(name, text)
         with pytest.raises(cmi.DataError, match="lgbm_models"):
@@ -259,16 +237,12 @@ def test_lightgbm_texts_that_are_not_whole_are_refused(bundles: Path, spoil: Spo
     assert len(load(bundles, "lgbm", "all")) == 2
 
 
-# ---- recordings ----------------------------------------------------------------------------------
-
-
 Answered = Callable[[str, Change, Change], bool]
 
 
 @pytest.fixture(scope="module")
-def is_answered(road: tuple[Path, str]) -> Answered:
-    """Whether LightGBM and Torch answer a recording that something is wrong with. One of the
-    gestures comes back in any case; what is none of theirs is counted, with its cause."""
+def is_answered(road: Road) -> Answered:
+    """Whether LightGBM and Torch answer; else a gesture comes all the same, counted with a cause."""
     predictor = cmi.Predictor(cmi.Config(output_path=road[0], use_keras=False))
     asked = sorted(questions(data_of(road[0])), key=lambda q: q[0]["thm_1"].null_count())
     of_kind, (_, person) = {"full": asked[0][0], "imu": asked[-1][0]}, asked[0]
@@ -305,12 +279,15 @@ REFUSED: dict[str, Change] = {
     "null id": one(pl.lit(None, pl.String), "sequence_id"),
     "lists": one(pl.lit([1.0, 2.0]), "acc_x"),
     "structs": lambda f: f.with_columns(acc_x=pl.struct(a=pl.lit(1))),
-    "bytes": one(b"x", "thm_1"),
+    "bytes": one(b"x", "thm_1"), "of another library": lambda f: SimpleNamespace(columns=f.columns),
 }  # fmt: skip
 ANSWERED: dict[str, Change] = {
     "one row": lambda f: f.head(1), "two rows": lambda f: f.head(2),
     "thousands of rows": lambda f: pl.concat([f] * 80), "rows backwards": lambda f: f.reverse(),
     "only ids": lambda f: f.select("sequence_id", "subject"),
+    "some rows twice": lambda f: f.sample(fraction=1, with_replacement=True, seed=1),
+    "some rows text": lambda f: pl.concat([f.head(9), one("x")(f[9:20]), f[20:]], how="vertical_relaxed"),
+    "some rows infinite": lambda f: pl.concat([f.head(9), one(INF)(f[9:20]), f[20:]], how="vertical_relaxed"),
     "no counter": lambda f: f.drop("sequence_counter", "row_id"),
     "more columns": lambda f: f.with_columns(acc_w=1.0, gesture=pl.lit("Wave hello")),
     "columns turned round": lambda f: f.select(reversed(f.columns)),
@@ -332,56 +309,9 @@ PEOPLE: dict[str, Change] = {
 
 
 @pytest.mark.parametrize("kind", ["full", "imu"])
-def test_odd_recordings_are_answered_and_what_is_none_is_counted(
-    is_answered: Answered, kind: str
-) -> None:
-    for name, change in ANSWERED.items():
-        assert is_answered(kind, change, AS_IT_IS), name
+def test_odd_recordings_are_answered_or_counted(is_answered: Answered, kind: str) -> None:
+    for changes, expected in ((ANSWERED, True), (REFUSED, False)):
+        for name, change in changes.items():
+            assert is_answered(kind, change, AS_IT_IS) == expected, name
     for name, change in PEOPLE.items():
         assert is_answered(kind, AS_IT_IS, change), name
-    for name, change in REFUSED.items():
-        assert not is_answered(kind, change, AS_IT_IS), name
-
-
-CELLS = st.sampled_from(
-    [None, NAN, INF, -INF, 0.0, -0.0, 1e-40, 1.0, -1.0, 0.5, 249.0, 249.5, 254.0, 255.0, 1e6, -1e6,
-     1e30, -3e38, 3e38, 1e300, 2**62, "", "broken", "1e5", "nan", "inf", True]
-)  # fmt: skip
-COLUMNS = st.sampled_from([cmi.ACC, cmi.ROT, cmi.THM, cmi.TOF[:64], cmi.TOF, cmi.SENSORS])
-COLUMNS |= st.lists(st.sampled_from(cmi.SENSORS), min_size=1, max_size=6, unique=True)
-
-
-@st.composite
-def damages(draw: st.DrawFn) -> Change:
-    """One thing that goes wrong with a frame."""
-    columns, value = draw(COLUMNS), draw(CELLS)
-    first, length = draw(st.integers(0, 60)), draw(st.integers(1, 60))
-    inside = pl.int_range(pl.len()).is_between(first, first + length)
-
-    def cells(f: pl.DataFrame) -> pl.DataFrame:
-        """Some rows get the value; text makes text of the whole column."""
-        own = pl.String if isinstance(value, str) else pl.Float64
-        new = pl.lit(value).cast(own, strict=False)
-        old = [pl.col(c).cast(own, strict=False) for c in columns if c in f.columns]
-        return f.with_columns(pl.when(~inside).then(x).otherwise(new) for x in old)
-
-    return draw(st.sampled_from([
-        cells, cells, cells, one(value, *columns), one(value, "subject"),
-        one(value, "sequence_counter"),
-        lambda f: f.drop([c for c in columns if c in f.columns]),
-        lambda f: f.slice(min(first, len(f) - 1), length),
-        lambda f: pl.concat([f] * 3),
-        lambda f: f.sample(fraction=1, shuffle=True, with_replacement=True, seed=first),
-    ]))  # fmt: skip
-
-
-@limits(max_examples=60, deadline=None, derandomize=True, database=None)
-@given(
-    kind=st.sampled_from(["full", "imu"]),
-    changes=st.lists(damages(), min_size=1, max_size=4),
-    person=st.sampled_from([AS_IT_IS, *PEOPLE.values()]),
-)
-def test_damaged_recordings_are_answered(
-    is_answered: Answered, kind: str, changes: list[Change], person: Change
-) -> None:
-    assert is_answered(kind, lambda f: functools.reduce(lambda g, c: c(g), changes, f), person)

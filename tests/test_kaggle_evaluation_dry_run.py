@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,21 +27,6 @@ TARGETS, OTHERS = GESTURES[:8], GESTURES[8:]
 T1, T2, N1, N2 = *TARGETS[:2], *OTHERS[:2]
 
 
-@pytest.mark.parametrize(
-    ("truth", "prediction", "score"),
-    [
-        ([T1, T2, N1, N2], [T1, T2, N2, N1], 1.0),
-        ([T1, T2], [T1, T1], (1 + (2 / 3 + 0) / 2) / 2),
-        ([N1, N2], [N2, N2], 0.5),
-        ([T1, T2, N1], [N1, N1, N1], 1 / 12),
-        (["Eyebrow - pull hair"] * 3, ["Forehead - pull hairline"] * 3, 0.5),
-        (["Eyebrow - pull hair"] * 3, ["Text on phone"] * 3, 0.0),
-    ],
-)
-def test_scores_worked_out_by_hand(truth, prediction, score):
-    assert competition_score(truth, prediction).total == pytest.approx(score, abs=1e-12)
-
-
 GESTURE = st.sampled_from(GESTURES)
 
 
@@ -51,22 +35,24 @@ GESTURE = st.sampled_from(GESTURES)
 def test_scores_agree_with_scikit_learn(pairs):
     metrics = pytest.importorskip("sklearn.metrics", reason="the oracle is not installed")
     truth, prediction = map(list, zip(*pairs, strict=True))
-    binary = metrics.f1_score(
-        [t in TARGETS for t in truth], [p in TARGETS for p in prediction], zero_division=0
-    )
+    two = [[g in TARGETS for g in side] for side in (truth, prediction)]
     nine = [[g if g in TARGETS else "non_target" for g in side] for side in (truth, prediction)]
+    binary = metrics.f1_score(*two, zero_division=0)
     macro = metrics.f1_score(*nine, average="macro", zero_division=0)
     score = competition_score(truth, prediction)
     assert tuple(score) == pytest.approx(((binary + macro) / 2, binary, macro))
 
 
-@pytest.mark.parametrize(
-    ("truth", "prediction"),
-    [([], []), ([T1], [T1, T1]), ([T1], ["?"]), ([T1], [None]), (["?"], [T1])],
-)
-def test_what_cannot_be_scored(truth, prediction):
-    with pytest.raises(ValueError, match="score"):
-        competition_score(truth, prediction)
+def test_what_cannot_be_scored():
+    for truth, prediction in (
+        ([], []),
+        ([T1], [T1, T1]),
+        ([T1], ["?"]),
+        ([T1], [None]),
+        (["?"], [T1]),
+    ):
+        with pytest.raises(ValueError, match="score"):
+            competition_score(truth, prediction)
 
 
 @pytest.fixture
@@ -87,21 +73,15 @@ def options(test_dir: Path, *arguments: str) -> dry_run.Options:
     return dry_run.parse_options(["--test-dir", str(test_dir), *arguments, "notebook.py"])
 
 
-def imu_only(table: pl.DataFrame) -> set[str]:
-    return {
-        name
-        for (name,), rows in table.group_by("sequence_id")
-        if rows.select(SENSORS).null_count().sum_horizontal().sum() == 4 * rows.height
-    }
-
-
-def test_half_of_the_recordings_lose_their_sensors(test_dir, tmp_path):
+def test_half_of_the_recordings_lose_their_sensors_and_labels_go(test_dir, tmp_path):
     given, chosen = pl.read_csv(test_dir / "test.csv", glob=False), set()
+    given.with_columns(gesture=pl.lit(T1), phase=pl.lit("x")).write_csv(test_dir / "test.csv")
     for seed in range(12):
         names = dry_run.write_test_files(options(test_dir, "--seed", str(seed)), tmp_path)
         assert names == ["A", "B", "C", "D"]
         written = pl.read_csv(tmp_path / "test.csv")
-        lost = imu_only(written)
+        blind = written.filter(pl.all_horizontal(pl.col(SENSORS).is_null()))
+        lost = set(blind["sequence_id"])
         assert len(lost) == 2
         assert "D" in lost
         chosen |= lost
@@ -109,28 +89,8 @@ def test_half_of_the_recordings_lose_their_sensors(test_dir, tmp_path):
         assert written.filter(kept).equals(given.filter(kept))
         assert written.drop(SENSORS).equals(given.drop(SENSORS))
     assert chosen == set("ABCD")
-
-
-def test_sensors_can_be_kept_or_made_to_arrive_as_text_and_labels_go(test_dir, tmp_path, capsys):
-    table = pl.read_csv(test_dir / "test.csv", glob=False)
-    table.with_columns(gesture=pl.lit(T1), phase=pl.lit("x")).write_csv(test_dir / "test.csv")
     dry_run.write_test_files(options(test_dir, "--all-sensors"), tmp_path)
-    written = pl.read_csv(tmp_path / "test.csv")
-    assert imu_only(written) == {"D"}
-    assert written.columns == table.columns
-    assert "removed label columns: phase, gesture" in capsys.readouterr().out
-    dry_run.write_test_files(options(test_dir, "--text-columns"), tmp_path)
-    written = pl.read_csv(tmp_path / "test.csv")
-    assert {written.schema[name] for name in SENSORS} == {pl.String}
-    assert "arrive as text: 4 of 4" in capsys.readouterr().out
-
-
-def test_the_truth_may_have_a_row_per_sample(tmp_path):
-    table = pl.DataFrame({"sequence_id": ["A", "A", "B", "X"], "gesture": [T1, T1, N1, N2]})
-    table.write_csv(tmp_path / "t[1]*.csv")
-    table.write_parquet(tmp_path / "t[1]*.parquet")
-    for name in ("t[1]*.csv", "t[1]*.parquet"):
-        assert dry_run.read_truth(tmp_path / name, ["B", "A"]) == {"A": T1, "B": N1}
+    assert pl.read_csv(tmp_path / "test.csv").equals(given)
 
 
 NOTEBOOK = """
@@ -162,16 +122,12 @@ def dry_run_of(
 ) -> tuple[int, str, dict]:
     """Exit status, output and result.json of a dry run of NOTEBOOK with these parts."""
     notebook = test_dir.parent / "notebook.py"
-    notebook.write_text(
-        NOTEBOOK.format(before=before, predict=predict, serve=serve, target=TARGETS[0])
-    )
+    notebook.write_text(NOTEBOOK.format(before=before, predict=predict, serve=serve, target=T1))
     kept = test_dir.parent / "kept[1]*"
     command = [sys.executable, "-m", "kaggle_evaluation.dry_run", "--test-dir", str(test_dir)]
     command += ["--output-dir", str(kept), *arguments, str(notebook)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("KAGGLE_")}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100
-    )
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert not done.stderr, done.stderr
     assert not (ROOT / "scratch.txt").exists()
     result = kept / "result.json"
@@ -179,8 +135,9 @@ def dry_run_of(
 
 
 def test_a_notebook_that_passes_is_scored(test_dir):
-    truth = test_dir.parent / "truth.csv"
-    pl.DataFrame({"sequence_id": list("ABCD"), "gesture": [T1, T1, T1, N1]}).write_csv(truth)
+    truth = test_dir.parent / "t[1]*.parquet"  # it may have a row per sample, and other recordings
+    rows = {"sequence_id": list("AABCDX"), "gesture": [T1, T1, T1, T1, N1, N2]}
+    pl.DataFrame(rows).write_parquet(truth)
     status, output, result = dry_run_of(test_dir, "--truth", str(truth), "--seed", "1")
     assert (status, result) == (0, {"Succeeded": True})
     kept = test_dir.parent / "kept[1]*" / "submission.parquet"
@@ -200,9 +157,7 @@ SHOWN = {1: "Notebook Inference Server Never Started", 6: "Submission Scoring Er
 SERVER_ERROR = "Notebook Inference Server Error"
 STALLS = "time.sleep(0 if calls == 1 else 60)"
 TEXT = "return sequence['thm_1'].mean() + 'x'"
-NUMPY = "import numpy; return numpy.array(['Wave hello'])[0]"
 DIES = "The notebook ended with status 1 before it served. "
-CALL = "In call 1, for [A-D], predict "
 SERVES_ANOTHER = SERVE.replace("(predict)", "(print)")
 
 
@@ -211,18 +166,12 @@ SERVES_ANOTHER = SERVE.replace("(predict)", "(print)")
     [
         ({"serve": "print('no server')"}, "", 1, "ran to its end and never served", r"serve\(\)"),
         ({"before": "raise ImportError('no a')"}, "", 1, DIES + "ImportError: no a$", "Mend that"),
-        ({"before": "import = a"}, "", 1, DIES + "SyntaxError: ", "Mend that"),
-        ({"before": "sys.exit('No models.')"}, "", 1, DIES + "No models.$", "Mend that"),
         ({"before": "os.kill(os.getpid(), 9)"}, "", 1, r"ended by signal 9 \(Killed\)", "Mend"),
         ({"before": "time.sleep(60)"}, "--startup-limit 2", 1, "within 2.0s, while", "load models"),
         ({"predict": "os._exit(7)"}, "", 1, "status 7 in the first call, which Kaggle", "memory"),
         ({"predict": "calls > 1 and os._exit(7)"}, "", 2, "call 2, .*ended with status 7", "crash"),
-        ({"predict": "1 / 0"}, "", 3, CALL + ".*ZeroDivisionError: division", "Mend predict"),
-        ({"predict": TEXT}, "--text-columns", 3, CALL + ".*TypeError: ", "traceback"),
-        ({"predict": "raise ValueError"}, "", 3, CALL + ".*without text.*ValueError$", "traceback"),
-        ({"predict": NUMPY}, "", 3, CALL + r"returned a numpy .*numpy\.str_", r"str\(label\)"),
+        ({"predict": TEXT}, "--text-columns", 3, "In call 1, .*TypeError: ", "traceback"),
         ({"serve": SERVES_ANOTHER}, "", 4, "no function named predict", "Pass a function named"),
-        ({"predict": "return None"}, "", 6, "answer to call 1, for [A-D]", "a plain str"),
         ({"predict": "return 'wave hello'"}, "", 6, "none of the 18", "spelt exactly"),
         ({"predict": STALLS}, "--response-limit 1", 7, "call 2, .*within 1.0s, the", "first call"),
         ({"predict": "time.sleep(60)"}, "--run-limit 5", 1, "limit of 5.0s, with 0 of 4", "faster"),
@@ -259,48 +208,10 @@ def test_ctrl_c_ends_the_notebook_and_says_one_line(test_dir):
         os.kill(int(pid_file.read_text()), 0)
 
 
-@pytest.mark.parametrize("told_by", ["/proc", "lsof"])
-def test_a_port_is_known_by_the_session_that_holds_it(monkeypatch, told_by):
-    """Where neither Linux nor macOS tells, every server on the machine counts as the notebook's."""
-    if not (Path("/proc/net/tcp").exists() if told_by == "/proc" else shutil.which("lsof")):
-        pytest.skip(f"this machine has no {told_by}")
-    if told_by == "lsof":
-        monkeypatch.setattr(dry_run, "PROC", Path("/nowhere"))
-    hold = "import socket; s = socket.create_server(('', 0)); print(s.getsockname()[1]); input()"
-    with subprocess.Popen(
-        [sys.executable, "-uc", hold], start_new_session=True, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    ) as process:  # fmt: skip
-        port = int(process.stdout.readline())
-        assert dry_run.listens(port, process.pid)
-        assert not dry_run.listens(port, os.getsid(0))
-        assert not dry_run.listens(dry_run.free_port(), process.pid)
-        monkeypatch.setattr(dry_run, "PROC", Path("/nowhere"))
-        monkeypatch.setenv("PATH", "")
-        assert dry_run.listens(port, os.getsid(0))
-        process.communicate("\n")
-
-
-def test_windows_is_told_in_one_line(test_dir, monkeypatch, capsys):
-    monkeypatch.delattr(os, "killpg")
-    notebook = test_dir.parent / "notebook.py"
-    notebook.write_text("")
-    assert dry_run.main(["--test-dir", str(test_dir), str(notebook)]) == 2
-    said = capsys.readouterr()
-    assert "WSL" in said.err
-    assert (said.out, said.err.count("\n")) == ("", 1)
-
-
-@pytest.mark.parametrize(
-    "parts",
-    [
-        {"predict": "time.sleep(2 if calls == 1 else 0)"},
-        {"before": "del os.environ['KAGGLE_EVALUATION_PORT']"},
-    ],
-    ids=["a slow first call", "another package's server, on a usual port"],
-)
-def test_what_is_no_failure(test_dir, parts):
-    status, output, _ = dry_run_of(test_dir, "--response-limit", "1", **parts)
+def test_a_slow_first_call_and_a_server_on_a_usual_port_are_no_failures(test_dir):
+    slow = {"predict": "time.sleep(2 if calls == 1 else 0)"}
+    usual = {"before": "del os.environ['KAGGLE_EVALUATION_PORT']"}  # as another package's server
+    status, output, _ = dry_run_of(test_dir, "--response-limit", "1", **slow, **usual)
     assert status == 0, output
 
 
@@ -324,20 +235,18 @@ def test_servers_elsewhere_are_not_asked(test_dir):
     assert (status, result["ErrorType"]) == (1, 1)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["--test-dir", "nowhere", "notebook.py"], "is missing"),
-        (["--test-dir", "a[2025]*b", "missing.py"], "no Python script"),
-        (["--test-dir", "a[2025]*b", "a[2025]*b/test.csv"], "no Python script"),
-        (["--test-dir", "a[2025]*b", "--truth", "no.csv", "notebook.py"], "--truth"),
-        (["--test-dir", "a[2025]*b", "--truth", "half.csv", "notebook.py"], "lacks 3 recordings"),
-        (["--test-dir", "a[2025]*b", "--truth", "twice.csv", "notebook.py"], "more than one"),
-        (["--test-dir", "a[2025]*b", "--working-dir", "nowhere", "notebook.py"], "--working-dir"),
-        (["--test-dir", "empty", "notebook.py"], "no rows"),
-    ],
-)
-def test_wrong_arguments(test_dir, monkeypatch, capsys, arguments, text):
+WRONG = {
+    "--test-dir nowhere notebook.py": "is missing",
+    "--test-dir {} missing.py": "no Python script",
+    "--test-dir {} --truth no.csv notebook.py": "--truth",
+    "--test-dir {} --truth half.csv notebook.py": "lacks 3 recordings",
+    "--test-dir {} --truth twice.csv notebook.py": "more than one",
+    "--test-dir {} --working-dir nowhere notebook.py": "--working-dir",
+    "--test-dir empty notebook.py": "no rows",
+}
+
+
+def test_wrong_arguments(test_dir, monkeypatch, capsys):
     monkeypatch.chdir(test_dir.parent)
     Path("notebook.py").write_text("")
     Path("half.csv").write_text(f"sequence_id,gesture\nA,{T1}\n")
@@ -345,13 +254,6 @@ def test_wrong_arguments(test_dir, monkeypatch, capsys, arguments, text):
     Path("empty").mkdir()
     for name in ("test.csv", "test_demographics.csv"):
         Path("empty", name).write_text("sequence_id,subject\n")
-    assert dry_run.main(arguments) == 2
-    assert text in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("arguments", "status"), [(["--help"], 0), ([], 2)])
-def test_usage(capsys, arguments, status):
-    with pytest.raises(SystemExit) as ended:
-        dry_run.main(arguments)
-    assert ended.value.code == status
-    assert "--test-dir" in "".join(capsys.readouterr())
+    for arguments, text in WRONG.items():
+        assert dry_run.main(arguments.format(test_dir.name).split()) == 2
+        assert text in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """LightGBM: what it learns, answers, stops at, writes and refuses."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -20,8 +21,7 @@ CFG = cmi.Config(lgbm_rounds=40, lgbm_lr=0.1, lgbm_feature_fraction=0.7, log_eve
 
 
 def tiny(n: int = 240) -> tuple[cmi.FeatureTable, cmi.Labels]:
-    """Columns 0 to 2 say something of gesture, orientation and behavior; 8 and 9 need THM, 10 ToF, 11
-    both."""
+    """0 to 2 say something of gesture, orientation and behavior; 8, 9 need THM, 10 ToF, 11 both."""
     rng = np.random.default_rng(0)
     gesture = rng.choice((0, 3, 5, 9, 17), n)
     orientation, behavior = rng.integers(0, 3, n), rng.integers(0, 2, n)
@@ -71,14 +71,14 @@ def test_composites_are_the_product_within_a_gesture(folder: Path) -> None:
         alone = [ask(folder, STEMS, rows.take(np.array([i])), known) for i in range(7)]
         np.testing.assert_allclose(np.concatenate(alone, axis=1), answers, atol=1e-6)
         for stem, answer in zip(STEMS, answers, strict=True):
-            parts = [booster(folder, stem + end).predict(rows.x) for end in ENDS]
+            gesture, orientation, behavior = (
+                booster(folder, stem + e).predict(rows.x) for e in ENDS
+            )
             slow = np.zeros((7, len(known)))
-            for i in range(7):
-                for j, (b, o, g) in enumerate(known):
-                    same = [(x, y) for x, y, z in known if z == g]
-                    sides = sum(parts[1][i, y] * parts[2][i, x] for x, y in same)
-                    slow[i, j] = parts[0][i, g] * parts[1][i, o] * parts[2][i, b] / sides
-                slow[i] /= slow[i].sum()
+            for i, (j, (b, o, g)) in itertools.product(range(7), enumerate(known)):
+                sides = sum(orientation[i, y] * behavior[i, x] for x, y, z in known if z == g)
+                slow[i, j] = gesture[i, g] * orientation[i, o] * behavior[i, b] / sides
+            slow /= slow.sum(axis=1, keepdims=True)
             np.testing.assert_allclose(answer, slow, atol=1e-6)
 
 
@@ -87,14 +87,13 @@ def test_recordings_lose_sensors_in_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, share: float
 ) -> None:
     """What LightGBM is handed: a third of the share loses THM, a third ToF, a third both."""
-    handed: list[np.ndarray] = []
+    handed, whole = [], lgb.Dataset
 
-    class Dataset(lgb.Dataset):
-        def __init__(self, x: Any, *rest: Any, **named: Any) -> None:
-            handed.append(np.array(x))
-            super().__init__(x, *rest, **named)
+    def dataset(x: Any, *rest: Any, **named: Any) -> lgb.Dataset:
+        handed.append(np.array(x))
+        return whole(x, *rest, **named)
 
-    monkeypatch.setattr(lgb, "Dataset", Dataset)
+    monkeypatch.setattr(lgb, "Dataset", dataset)
     job, (table, _) = a_job(tmp_path, mode=mode, n=4200), tiny(4200)
     fit(job, n=4200, lgbm_rounds=1)
     *trained, watched = sorted(handed, key=len, reverse=True)

@@ -5,20 +5,22 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from runs import ALIKE, PLAIN, QUICK, Running, data_of, run_here, same_answers, same_outcome
 
+Patch = pytest.MonkeyPatch
+Road = tuple[Path, str]
 
-def start(road: tuple[Path, str], out: Path, **settings: str) -> Running:
+
+def start(road: Road, out: Path, **settings: str) -> Running:
     """The pipeline as a script with two workers, on the data of the full run."""
     two = {"CMI_WORKERS": "2", "USE_KERAS": "0", "CMI_DATA_DIR": str(data_of(road[0]))}
     return Running(out, **{**two, **settings})
 
 
-def assert_same(road: tuple[Path, str], out: Path, *members: str) -> None:
+def assert_same(road: Road, out: Path, *members: str) -> None:
     """Models and out-of-fold rows are those of the full run, to the last byte; Keras's nearly."""
     same_answers(road[0], out, *members)
     models = {p for end in ("txt", "pt") for p in out.glob(f"*_models/*/fold*.{end}")}
@@ -29,44 +31,35 @@ def assert_same(road: tuple[Path, str], out: Path, *members: str) -> None:
 
 
 SLOW = [
-    pytest.param(backend, use_keras, marks=pytest.mark.slow)
-    for backend, use_keras in (("loky", "1"), ("threading", "1"), ("dask", "0"), ("ray", "0"))
+    pytest.param(backend, keras, marks=pytest.mark.slow)
+    for backend, keras in (("loky", "1"), ("threading", "1"), ("dask", "0"), ("ray", "0"))
 ]
 PACKAGES = {"dask": "distributed", "ray": "ray"}
 
 
-@pytest.mark.parametrize(("backend", "use_keras"), [("loky", "0"), *SLOW])
-def test_two_workers_leave_the_same_files(
-    road: tuple[Path, str], tmp_path: Path, backend: str, use_keras: str
-) -> None:
+@pytest.mark.parametrize(("backend", "keras"), [("loky", "0"), *SLOW])
+def test_two_workers_leave_the_same(road: Road, tmp_path: Path, backend: str, keras: str) -> None:
     """Their log lines count from the start of the run, as those of the run itself do."""
     pytest.importorskip(PACKAGES.get(backend, "joblib"))
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as short:  # for Ray's sockets
         rays = {"RAY_TMPDIR": short, "RAY_worker_niceness": "0"}  # not to starve beside others
-        running = start(road, tmp_path / "out", USE_KERAS=use_keras, CMI_BACKEND=backend, **rays)
+        running = start(road, tmp_path / "out", USE_KERAS=keras, CMI_BACKEND=backend, **rays)
         lines = str(running.details).splitlines() if running.end() else []
-    assert_same(road, tmp_path / "out", *("lgbm", "torch", "keras")[: 2 + int(use_keras)])
+    assert_same(road, tmp_path / "out", *("lgbm", "torch", "keras")[: 2 + int(keras)])
     if backend not in PACKAGES:
         words = ("] plan  ", "] fit  ", "] blend  ")
         plan, fit, blend = ([float(s[1:8]) for s in lines if word in s] for word in words)
-        assert len(fit) == 10 + 4 * int(use_keras)  # LightGBM in three modes, two folds
         assert max(plan) - 0.2 <= min(fit) <= max(fit) <= max(blend) + 0.2
 
 
-def loky_workers(pid: int) -> list[int]:
-    """Its children but the tracker of their resources."""
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    children = [child for task in tasks for child in task.read_text().split()]
-    return [int(c) for c in children if "LokyProcess" in Path(f"/proc/{c}/cmdline").read_text()]
-
-
-def test_a_dead_worker_is_one_clear_line_and_the_next_run_goes_on(
-    road: tuple[Path, str], plain: Path, tmp_path: Path
-) -> None:
+def test_a_dead_worker_is_one_clear_line(road: Road, plain: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     running = start(road, out, **QUICK, **ALIKE)
     running.until("lgbm_models/*/fold??.json")
-    os.kill(loky_workers(running.process.pid)[0], signal.SIGKILL)
+    tasks = Path(f"/proc/{running.process.pid}/task").glob("*/children")
+    children = [child for task in tasks for child in task.read_text().split()]
+    workers = [c for c in children if "LokyProcess" in Path(f"/proc/{c}/cmdline").read_text()]
+    os.kill(int(workers[0]), signal.SIGKILL)
     assert running.process.wait(600) == 1
     line = running.printed.strip().splitlines()[-1]
     assert line.startswith("cmi_pipeline: A worker died while training lgbm")
@@ -79,18 +72,14 @@ def test_a_dead_worker_is_one_clear_line_and_the_next_run_goes_on(
     same_outcome(plain, out, "lgbm")
 
 
-@pytest.mark.parametrize(("backend", "package"), PACKAGES.items())
-def test_a_backend_that_is_not_installed_is_named(
-    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, package: str
-) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    where = {"CMI_DATA_DIR": str(data_of(plain)), "CMI_BACKEND": backend, "CMI_WORKERS": "2"}
-    line = run_here(tmp_path / "out", **QUICK, **where) or ""
-    assert line.startswith(f"cmi_pipeline: CMI_BACKEND={backend} needs a package: ")
-    assert package in line
+def test_a_backend_that_is_absent_is_named(plain: Path, tmp_path: Path, monkeypatch: Patch) -> None:
+    where = {"CMI_DATA_DIR": str(data_of(plain)), "CMI_WORKERS": "2"}
+    for backend, package in PACKAGES.items():
+        monkeypatch.setitem(sys.modules, package, None)
+        line = run_here(tmp_path / "out", CMI_BACKEND=backend, **QUICK, **where) or ""
+        assert line.startswith(f"cmi_pipeline: CMI_BACKEND={backend} needs a package: ")
+        assert package in line
 
-
-# ---- Dask ----------------------------------------------------------------------------------------
 
 CLUSTER = """
 import sys
@@ -102,28 +91,19 @@ if __name__ == "__main__":
 """
 
 
-@pytest.fixture
-def dask(tmp_path: Path) -> Iterator[str]:
-    """The scheduler of a cluster of two worker processes that knows nothing of the repository."""
+def test_a_dask_cluster_gives_the_same_bytes(road: Road, tmp_path: Path) -> None:
+    """Of two worker processes that start in another folder and know nothing of the repository."""
     pytest.importorskip("distributed", reason="Dask is not installed (pip install distributed)")
-    folder = tmp_path / "elsewhere"
-    folder.mkdir()
-    (folder / "cluster.py").write_text(CLUSTER)
-    cluster = Running(folder / "out", sys.executable, "cluster.py", PYTHONPATH="")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "cluster.py").write_text(CLUSTER)
+    cluster = Running(tmp_path / "elsewhere" / "out", sys.executable, "cluster.py", PYTHONPATH="")
     while "cluster tcp" not in cluster.printed:
         assert cluster.process.poll() is None, cluster.printed
         time.sleep(0.1)
-    yield cluster.printed.split("cluster ")[1].split()[0]
+    scheduler, out = cluster.printed.split("cluster ")[1].split()[0], tmp_path / "out"
+    printed = start(road, out, CMI_BACKEND="dask", DASK_SCHEDULER=scheduler, **QUICK).end()
+    assert_same(road, out, "lgbm")
+    assert "] fit" in printed  # its workers reach the log of the run
     assert cluster.process.stdin
     cluster.process.stdin.close()
     cluster.process.wait(600)
-
-
-def test_a_running_dask_cluster_gives_the_same_bytes(
-    road: tuple[Path, str], tmp_path: Path, dask: str
-) -> None:
-    """Also when its workers start in another folder."""
-    out = tmp_path / "out"
-    printed = start(road, out, CMI_BACKEND="dask", DASK_SCHEDULER=dask).end()
-    assert_same(road, out, "lgbm", "torch")
-    assert "] fit" in printed  # its workers reach the log of the run

@@ -1,7 +1,4 @@
-"""Plan, training, out-of-fold rows and serving with a member that trains in no time.
-
-It writes down what it was shown and answers whether it knows a recording: a leak shows at once.
-"""
+"""Plan, training, out-of-fold rows and serving with a member that knows what it was shown."""
 
 import dataclasses
 import json
@@ -13,9 +10,12 @@ import numpy as np
 import polars as pl
 import pytest
 from made import changed, recordings
+from runs import Patch
+from test_serving import frame_of
 
 import cmi_pipeline as cmi
 
+Data = cmi.TrainingData
 N, L = 24, 4
 ENDS = (".txt",)  # what it writes for each fold
 
@@ -52,13 +52,13 @@ PARROT = cmi.Member(
 
 
 @pytest.fixture
-def cfg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> cmi.Config:
+def cfg(tmp_path: Path, monkeypatch: Patch) -> cmi.Config:
     monkeypatch.setattr(cmi, "KAGGLE_INPUT", tmp_path / "nothing")
     monkeypatch.setattr(cmi, "MEMBERS", {"torch": PARROT})
     return cmi.Config(output_path=tmp_path / "out", n_folds=2, torch_seeds=2, strict=True)
 
 
-def made(cfg: cmi.Config) -> cmi.TrainingData:
+def made(cfg: cmi.Config) -> Data:
     rec = changed(recordings([5] * N), subject=np.array([f"SUBJ_{i % 6}" for i in range(N)]))
     gesture = np.random.default_rng(0).permutation(np.repeat([0, 5, 9, 12], N // 4))
     still = np.zeros(N, np.int64)
@@ -67,18 +67,18 @@ def made(cfg: cmi.Config) -> cmi.TrainingData:
     return cmi.TrainingData(cmi.Inputs(rec), labels, fold, "data", "turned", None)
 
 
-def item_of(data: cmi.TrainingData, cfg: cmi.Config) -> cmi.PlanItem:
+def item_of(data: Data, cfg: cmi.Config) -> cmi.PlanItem:
     (item,) = cmi.make_plan(data, cfg)
     return item
 
 
-def train(data: cmi.TrainingData, cfg: cmi.Config) -> cmi.F32:
+def train(data: Data, cfg: cmi.Config) -> cmi.F32:
     (oof,) = cmi.train_members(cmi.make_plan(data, cfg), data, cfg).values()
     return oof
 
 
 @pytest.fixture
-def data(cfg: cmi.Config) -> cmi.TrainingData:
+def data(cfg: cmi.Config) -> Data:
     """Training data whose every model is on disk."""
     data = made(cfg)
     train(data, cfg)
@@ -107,72 +107,45 @@ def other_input(inputs: cmi.Inputs, mode: str) -> cmi.FeatureTable:
     return dataclasses.replace(table, x=table.x + 1)
 
 
-@pytest.mark.parametrize(
-    ("of_data", "of_member", "why"),
-    [
+def test_what_a_model_depends_on_is_named(cfg: cmi.Config, data: Data, monkeypatch: Patch) -> None:
+    changes: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         ({"data_digest": "other"}, {}, "data differ"),
         ({"upside_down": "other"}, {}, "upside down differ"),
         ({"fold": np.arange(N) % 6 // 3}, {}, "training rows differ"),
         ({}, {"form": 99}, "form of the files differ"),
         ({}, {"packages": ("numpy", "scipy")}, "major version of scipy absent → 1"),
         ({}, {"prepare": other_input}, "its input is computed in another way now"),
-    ],
-)
-def test_what_a_model_depends_on_is_named_when_it_changes(
-    cfg: cmi.Config, data: cmi.TrainingData, monkeypatch: pytest.MonkeyPatch,
-    of_data: dict[str, Any], of_member: dict[str, Any], why: str,
-) -> None:  # fmt: skip
-    monkeypatch.setitem(cmi.MEMBERS, "torch", dataclasses.replace(PARROT, **of_member))
-    item = item_of(dataclasses.replace(data, **of_data), cfg)
-    assert (item.action, item.why, len(item.todo)) == ("train", why, 4)
+    ]
+    for of_data, of_member, why in changes:
+        monkeypatch.setitem(cmi.MEMBERS, "torch", dataclasses.replace(PARROT, **of_member))
+        item = item_of(dataclasses.replace(data, **of_data), cfg)
+        assert (item.action, item.why, len(item.todo)) == ("train", why, 4)
 
 
-def test_a_training_that_fails_takes_its_former_note_along(
-    cfg: cmi.Config, data: cmi.TrainingData, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_a_failure_done_modes_count(cfg: cmi.Config, data: Data, monkeypatch: Patch) -> None:
     """The note says that a model counts: it goes first, and comes back last."""
 
-    def fail(job: cmi.Job, *_: object) -> dict[str, Any]:
-        (job.folder / f"{job.stem}.txt").write_text("half")
-        raise RuntimeError("planted")
-
-    monkeypatch.setitem(cmi.MEMBERS, "torch", dataclasses.replace(PARROT, fit=fail))
-    forced = dataclasses.replace(cfg, force_train_torch=True)
-    with pytest.raises(RuntimeError, match="planted"):
-        train(data, forced)
-    assert not data.jobs("torch", "all", cfg)[0].note.exists()
-    monkeypatch.setitem(cmi.MEMBERS, "torch", PARROT)
-    assert [job.stem for job in item_of(data, cfg).todo] == ["fold00"]
-
-
-def test_a_mode_that_is_done_has_a_bundle_before_the_next_one_fails(
-    cfg: cmi.Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
     def failing(job: cmi.Job, *rest: Any) -> dict[str, Any]:
         if job.mode == "imu":
+            (job.folder / f"{job.stem}.txt").write_text("half")
             raise RuntimeError("planted")
         return fit(job, *rest)
 
-    broken = dataclasses.replace(PARROT, modes=cmi.MODES, fit=failing)
-    monkeypatch.setattr(cmi, "MEMBERS", {"torch": broken})
+    both = dataclasses.replace(PARROT, modes=cmi.MODES)
+    monkeypatch.setitem(cmi.MEMBERS, "torch", both)
+    cmi.train_members(cmi.make_plan(data, cfg), data, cfg)
+    monkeypatch.setitem(cmi.MEMBERS, "torch", dataclasses.replace(both, fit=failing))
+    plan = cmi.make_plan(data, dataclasses.replace(cfg, force_train_torch=True))
     with pytest.raises(RuntimeError, match="planted"):
-        train(made(cfg), cfg)
+        cmi.train_members(plan, data, cfg)
     bundle = json.loads((cfg.out / "torch_models" / "bundle.json").read_text())
     assert list(bundle["modes"]) == ["all"]
+    monkeypatch.setitem(cmi.MEMBERS, "torch", both)
+    todo = [job.name for item in cmi.make_plan(data, cfg) for job in item.todo]
+    assert todo == ["torch/imu/fold00"]
 
 
-def question(data: cmi.TrainingData, i: int) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Recording i as the gateway sends it."""
-    rec = data.inputs.rec.part(i, i + 1)
-    values = np.concatenate([rec.acc, rec.rot, rec.thm, rec.tof.reshape(5, -1)], axis=1)
-    names = {"sequence_id": pl.lit(rec.sequence_id[0]), "subject": pl.lit(rec.subject[0])}
-    frame = pl.DataFrame(values, schema=list(cmi.SENSORS)).with_columns(**names)
-    return frame, pl.DataFrame({"subject": rec.subject, "handedness": [1]})
-
-
-def test_of_two_bundles_the_one_that_the_weights_were_found_for_answers(
-    cfg: cmi.Config, data: cmi.TrainingData, tmp_path: Path
-) -> None:
+def test_of_two_bundles_the_weights_choose(cfg: cmi.Config, data: Data, tmp_path: Path) -> None:
     """Asked about a recording that one of two folds was trained on: label 0 by half. The other half
     says label 1, or label 2 by the second seed, which only one of the bundles has."""
     there = dataclasses.replace(cfg, output_path=tmp_path / "there", torch_seeds=1)
@@ -186,6 +159,7 @@ def test_of_two_bundles_the_one_that_the_weights_were_found_for_answers(
             "labels": table.tolist(), "capacity": [1] * L, "assignment": {"all": True},
             "digests": {"torch/all": cmi.digest(*notes)}, "wearer": None,
         })  # fmt: skip
-        proba = cmi.Predictor(both).predict_proba(*question(data, 0))
+        frame, person = frame_of(0, rec=data.inputs.rec), pl.DataFrame({"subject": ["SUBJ_1"]})
+        proba = cmi.Predictor(both).predict_proba(frame, person)
         got = [proba[cmi.GESTURES[gesture]] for gesture in table[:, 2]]
         np.testing.assert_allclose(got, expected, atol=1e-4)

@@ -57,13 +57,7 @@ def same(a, b):
 
 @pytest.mark.parametrize(
     ("axis", "degrees", "felt"),
-    [
-        ("z", 0, (0, 0, 1)),
-        ("z", 77, (0, 0, 1)),
-        ("x", 90, (0, 1, 0)),
-        ("y", 90, (-1, 0, 0)),
-        ("x", 180, (0, 0, -1)),
-    ],
+    [("z", 77, (0, 0, 1)), ("x", 90, (0, 1, 0)), ("y", 90, (-1, 0, 0)), ("x", 180, (0, 0, -1))],
 )
 def test_gravity_in_known_poses(axis, degrees, felt):
     rec = changed(recordings([1]), acc=np.multiply([felt], 9.81), rot=about(axis, degrees))
@@ -103,48 +97,7 @@ def test_a_push_is_told_by_where_the_device_points():
             assert_allclose(m["world_aside"], np.full(40, aside), atol=1e-12)
 
 
-def test_jerk_is_the_slope_of_acceleration():
-    acc = np.arange(40.0)[:, None] * [0.2, 0.0, -1.0]
-    m = cmi.wrist_motion(changed(recordings([40]), acc=acc))
-    assert_allclose(m["jerk"][1:], [[2, 0, -10]] * 39, atol=1e-12)
-    assert_array_equal(m["jerk"][0], 0)
-
-
-# ---- scipy's Rotation on random poses ----------------------------------------------------------
-
-
-def test_motion_agrees_with_scipy():
-    turn = random_turns(200, 1)
-    m, matrix = turning(of_scipy(turn)), turn.as_matrix()
-    for k, axis in enumerate((m["north"], m["west"], m["up"])):
-        assert_allclose(axis, matrix[:, k], atol=1e-12)
-    assert_allclose(m["omega"][1:], (turn[:-1].inv() * turn[1:]).as_rotvec() / 0.1, atol=1e-9)
-    assert_allclose(m["swing"], (turn[0].inv() * turn).magnitude(), atol=1e-12)
-
-
-def test_the_sign_of_a_quaternion_does_not_matter():
-    rec = recordings([50, 20], seed=4)
-    flip = np.where(np.random.default_rng(0).random(70) < 0.5, -1, 1)[:, None].astype(np.float32)
-    a, b = cmi.wrist_motion(rec), cmi.wrist_motion(changed(rec, rot=rec.rot * flip))
-    for name in ("north", "west", "up", "lin", "omega", "swing"):
-        assert_array_equal(a[name], b[name])
-
-
 # ---- repair ------------------------------------------------------------------------------------
-
-
-def test_complete_rotations_are_only_normalised():
-    rec = recordings([30, 7])
-    q = cmi.repair_rotation(rec.rot, rec.start)
-    assert_allclose(q, rec.rot, atol=1e-4)
-    assert_allclose(np.linalg.norm(q, axis=1), 1, atol=1e-12)
-
-
-def test_gaps_are_filled_half_way_and_ends_are_held():
-    rot = about("x", [10, 10, 10, 0, 0, 0, 50, 50, 50])
-    rot[[0, 1, 3, 4, 5, 8]] = np.nan
-    angle = np.degrees(2 * np.arccos(cmi.repair_rotation(rot, np.array([0, 9]))[:, 0]))
-    assert_allclose(angle, [10, 10, 10, 20, 30, 40, 50, 50, 50], atol=1e-9)
 
 
 def test_repair_agrees_with_the_reference_and_stays_within_its_recording():
@@ -157,65 +110,21 @@ def test_repair_agrees_with_the_reference_and_stays_within_its_recording():
     assert np.isnan(q[rec.start[2] : rec.start[3]]).all()
 
 
-@pytest.mark.parametrize("broken", [[0, 0, 0, 0], [np.nan, 0.34, 0, 0], [0.94, 0.34, 0, np.nan]])
-def test_a_zero_quaternion_and_one_in_part_are_missing(broken):
-    rot = about("x", [40] * 5)
-    rot[2] = broken
-    assert_allclose(cmi.repair_rotation(rot, np.array([0, 5])), about("x", [40] * 5), atol=1e-12)
-
-
 def test_without_rotation_gravity_is_guessed():
     """Slow turning, a few knocks: the median finds the vertical within a few degrees."""
     angles = np.stack([np.linspace(0, 60, 80), np.linspace(10, 40, 80)], 1)
     turn = Rotation.from_euler("xy", angles, degrees=True)
     acc = turn.inv().apply([0, 0, 9.81])
     acc[[20, 21, 50]] += [15, -9, 4]
-    m = cmi.wrist_motion(
-        changed(recordings([80]), acc=acc, rot=np.full((80, 4), np.nan, np.float32))
-    )
+    blind = changed(recordings([80]), acc=acc, rot=np.full((80, 4), np.nan, np.float32))
+    m = cmi.wrist_motion(blind)
     cosine = (m["up"] * turn.as_matrix()[:, 2]).sum(axis=1)
     assert np.degrees(np.arccos(np.clip(cosine, -1, 1))).max() < 8
     assert np.isnan(m["omega"]).all()
     assert np.isfinite(m["lin"]).all()
 
 
-def test_the_median_stays_within_its_recording():
-    """Against a loop, for neighbours of which only the third has a rotation; with a gap."""
-    rec = recordings([20, 3, 30, 40, 1])
-    acc, rot = np.random.default_rng(6).normal([0, 3, 8], 4, (94, 3)), rec.rot.copy()
-    acc[60:63] = np.nan
-    rot[:23] = rot[53:] = np.nan
-    up = cmi.wrist_motion(changed(rec, acc=acc, rot=rot))["up"]
-    for i, (a, b) in enumerate(itertools.pairwise(rec.start)):
-        median = [np.nanmedian(acc[max(a, r - 7) : min(b, r + 8)], axis=0) for r in range(a, b)]
-        expected = median / np.linalg.norm(median, axis=1, keepdims=True)
-        expected = to_scipy(rot[a:b]).as_matrix()[:, 2] if i == 2 else expected
-        assert_allclose(up[a:b], expected, rtol=1e-6 if i == 2 else 1e-12)
-
-
-def test_nothing_crosses_a_border():
-    """Changing one recording leaves every other as it was."""
-    rec = with_gaps(recordings([40, 50, 30, 35, 30, 30, 30, 30], seed=10))
-    noise = np.random.default_rng(0)
-    for a, b in itertools.pairwise(rec.start):
-        acc, rot = rec.acc.copy(), rec.rot.copy()
-        acc[a:b] = noise.normal(0, 50, (b - a, 3))
-        rot[a:b] = noise.normal(0, 1, (b - a, 4))
-        before, after = cmi.wrist_motion(rec), cmi.wrist_motion(changed(rec, acc=acc, rot=rot))
-        others = np.delete(np.arange(len(rec.acc)), np.arange(a, b))
-        for name in ("acc", "north", "up", "lin", "omega", "jerk", "world_up", "swing"):
-            assert_array_equal(before[name][others], after[name][others], err_msg=name)
-
-
 # ---- mirror and turn ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", MAPS)
-def test_twice_is_the_identity(name):
-    rec, change = recordings([30, 20], seed=11), getattr(cmi, name)
-    once = cmi.apply_map(rec, EVERY, change)
-    same(cmi.apply_map(once, EVERY, change), rec)
-    assert (once.rot[:, 0] >= 0).all()
 
 
 @pytest.mark.parametrize("name", MAPS)
@@ -223,18 +132,13 @@ def test_the_maps_are_what_the_matrices_say(name):
     rec = recordings([30, 20], seed=12)
     other, m = cmi.apply_map(rec, EVERY, getattr(cmi, name)), MAPS[name]
     assert_array_equal(other.acc, rec.acc @ m)
+    assert (other.rot[:, 0] >= 0).all()
     before, after = to_scipy(rec.rot).as_matrix(), to_scipy(other.rot).as_matrix()
     assert_allclose(after, m @ before @ m if name == "MIRROR" else before @ m, atol=1e-6)
     a, b = cmi.wrist_motion(rec), cmi.wrist_motion(other)
     assert_allclose(b["omega"], a["omega"] @ m * np.linalg.det(m), atol=1e-9)  # an axial vector
     assert_allclose(b["up"], a["up"] @ m, atol=1e-9)
     assert_allclose(b["world_up"], a["world_up"], atol=1e-9)
-
-
-def test_mirror_and_turn_commute():
-    rec = recordings([30, 20], seed=13)
-    a = cmi.apply_map(cmi.apply_map(rec, EVERY, cmi.HALF_TURN), EVERY, cmi.MIRROR)
-    same(a, cmi.apply_map(cmi.apply_map(rec, EVERY, cmi.MIRROR), EVERY, cmi.HALF_TURN))
 
 
 def test_sensors_and_pixels_change_places():

@@ -1,7 +1,6 @@
 """Kaggle's folders, as they were in 2025 and are today: training, attaching its models, re-run.
 
-A private mount namespace holds /kaggle/input, read only, /kaggle/working and the script where
-Kaggle puts it, alone. It needs no rights beyond `unshare -rm` and leaves nothing behind.
+A private mount namespace, by `unshare -rm`, holds them and the script where Kaggle puts it.
 """
 
 import shutil
@@ -12,7 +11,8 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from runs import ROOT, SCRIPT, clean_environment, good
+from runs import ROOT, SCRIPT, clean_environment, copied, good
+from test_dataset import contents
 
 import cmi_simulator
 import make_kaggle_dataset
@@ -33,12 +33,6 @@ while [ "$1" != -- ]; do
 done
 shift
 exec chroot "$new" sh -c 'cd /kaggle/working; exec "$@"' sh "$@"
-"""
-LOCAL_RUN = """
-from kaggle_evaluation.cmi_inference_server import CMIInferenceServer
-def predict(sequence, demographics):
-    return "Text on phone"
-CMIInferenceServer(predict).run_local_gateway()
 """
 SETTINGS = {
     "USE_TORCH": "0", "USE_KERAS": "0", "N_FOLDS": "2", "LGBM_ROUNDS": "25", "LGBM_LR": "0.1",
@@ -86,48 +80,42 @@ def competition(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("mounts") / "competition"
     cmi_simulator.simulate(folder, subjects=6, test_subjects=1, recordings_per_subject=18, seed=3)
     (folder / "test_truth.csv").unlink()
-    hidden = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "kaggle_evaluation", folder / "kaggle_evaluation", ignore=hidden)
+    copied(ROOT / "kaggle_evaluation", folder / "kaggle_evaluation", "__pycache__")
     return folder
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+@pytest.fixture(scope="module")
+def trained(competition: Path, tmp_path_factory: pytest.TempPathFactory) -> Machine:
+    """A machine of 2025 on which the models were trained."""
+    machine = Machine(tmp_path_factory.mktemp("trained"), {SLUG: competition})
+    good(machine.run("/kaggle/src/script.py"))
+    assert not list(machine.working.glob("simulated-*"))
+    assert (machine.working / "lgbm_models" / "bundle.json").is_file()
+    assert len({gesture for _, gesture in machine.answers()}) > 3
+    return machine
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_training_attaching_and_the_rerun(competition: Path, tmp_path: Path, layout: str) -> None:
-    data, bundle = LAYOUTS[layout]
-    trained = Machine(tmp_path / "first", {data: competition})
-    good(trained.run("/kaggle/src/script.py"))
-    assert not list(trained.working.glob("simulated-*"))
-    assert (trained.working / "lgbm_models" / "bundle.json").is_file()
-    assert len({gesture for _, gesture in trained.answers()}) > 3
-    dataset = trained.working  # as New Dataset on the Output tab has it
+def test_each_layout(competition: Path, trained: Machine, tmp_path: Path, layout: str) -> None:
+    (data, bundle), dataset = LAYOUTS[layout], trained.working  # as New Dataset on the Output tab
     if layout == "today":
         dataset = tmp_path / "dataset"
         words = [str(trained.working), str(dataset), "--slug", "some-one/cmi-bundles"]
         make_kaggle_dataset.main(words)
     attached, before = {data: competition, bundle: dataset}, contents(dataset)
 
-    plain = Machine(tmp_path / "plain", attached)
-    good(plain.run("/kaggle/src/script.py"))
-    assert not list(plain.working.glob("*_models"))  # nothing was trained
-    assert plain.answers() == trained.answers()
+    machine = Machine(tmp_path / "plain", attached)
+    good(machine.run("/kaggle/src/script.py"))
+    assert not list(machine.working.glob("*_models"))  # nothing was trained
+    assert machine.answers() == trained.answers()
 
-    rerun = Machine(tmp_path / "rerun", attached)
     package = f"/kaggle/input/{data}"
-    asked = good(rerun.run(
+    asked = good(machine.run(
         "-m", "kaggle_evaluation.dry_run", "--test-dir", package, "--all-sensors",
         "--working-dir", ".", "--output-dir", "gateway", "/kaggle/src/script.py",
         PYTHONPATH=package, STRICT="1",
     ))  # fmt: skip
     assert "passed: 18 valid answers" in asked
-    assert rerun.answers("gateway/submission.parquet") == trained.answers()
-    assert not list(rerun.working.glob("*_models"))
+    assert machine.answers("gateway/submission.parquet") == trained.answers()
+    assert not list(machine.working.glob("*_models"))
     assert contents(dataset) == before
-
-    good(rerun.run("-c", LOCAL_RUN, PYTHONPATH=package))  # the package finds the files by itself
-    answers = dict(rerun.answers())
-    assert answers.keys() == dict(trained.answers()).keys()
-    assert set(answers.values()) == {"Text on phone"}

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+from runs import Printed
 
 import cmi_pipeline as cmi
 import cmi_simulator
@@ -25,7 +26,6 @@ read = functools.partial(pl.read_csv, glob=False, infer_schema_length=None)
 Lines = list[str]
 Change = Callable[[Lines], Lines]
 Damaged = Callable[[Change], Path]
-Printed = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
@@ -139,24 +139,44 @@ def replacing(old: str, new: str) -> Change:
     return lambda lines: [line.replace(old, new) for line in lines]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda _: [], "train.csv is empty"),
-        (lambda lines: lines[:1], "has a header but no rows"),
-        (replacing("acc_y", "acc_q"), "has no column acc_y"),
-        (replacing("Cheek -", "Cheek:"), "gesture 'Cheek: pinch skin' of SEQ_"),
-        (replacing(",Gesture,", ",Rest,"), "phase 'Rest'"),
-    ],
+UNUSABLE: tuple[tuple[Change, str], ...] = (
+    (lambda _: [], "train.csv is empty"),
+    (lambda lines: lines[:1], "has a header but no rows"),
+    (replacing("acc_y", "acc_q"), "has no column acc_y"),
+    (replacing("Cheek -", "Cheek:"), "gesture 'Cheek: pinch skin' of SEQ_"),
+    (replacing(",Gesture,", ",Rest,"), "phase 'Rest'"),
 )
-def test_a_file_that_cannot_be_used_says_why(
-    damaged: Damaged, change: Change, message: str
-) -> None:
-    with pytest.raises(cmi.DataError, match=message):
-        cmi.read_train(damaged(change))
 
 
-def test_the_cache_gives_the_same_and_notices_another_or_a_damaged_file(
+def test_a_file_that_cannot_be_used_says_why(damaged: Damaged) -> None:
+    for change, message in UNUSABLE:
+        with pytest.raises(cmi.DataError, match=message):
+            cmi.read_train(damaged(change))
+
+
+def test_marks_of_windows_change_nothing(rec: cmi.Recordings, damaged: Damaged) -> None:
+    marked = damaged(lambda lines: ["\ufeff", *(line.replace("\n", "\r\n") for line in lines)])
+    assert_same(cmi.read_train(marked), rec)
+
+
+def test_contradictions_are_told(damaged: Damaged, capsys: Printed) -> None:
+    """One person described twice; another gesture in the first recording's last row."""
+    data = damaged(lambda lines: lines)
+    train, people = read(data / "train.csv"), read(data / "train_demographics.csv")
+    pl.concat([people, people, people[:1].with_columns(age=pl.col("age") + 9)]).write_csv(
+        data / "train_demographics.csv"
+    )
+    first, kinds = train["sequence_id"][0], train["gesture"].unique().sort()
+    last = pl.int_range(pl.len()) == len(train.filter(sequence_id=first)) - 1
+    other = pl.lit(kinds.filter(kinds != train["gesture"][0])[0])
+    gesture = pl.when(last).then(other).otherwise("gesture")
+    train.with_columns(gesture=gesture).write_csv(data / "train.csv")
+    cmi.read_train(data)
+    told = re.findall(r"contradicts_itself=(\S+)  of=1 ", capsys.readouterr().out)
+    assert told == [people["subject"][0], first]
+
+
+def test_the_cache_notices_another_or_a_damaged_file(
     rec: cmi.Recordings, damaged: Damaged, tmp_path: Path, capsys: Printed
 ) -> None:
     data, cfg = damaged(lambda lines: lines), cmi.Config(output_path=tmp_path / "out")

@@ -15,6 +15,7 @@ import numpy as np
 import polars as pl
 import pytest
 from made import changed, recordings
+from runs import Patch, Printed
 
 import cmi_pipeline as cmi
 
@@ -23,8 +24,6 @@ GESTURES = [cmi.GESTURES[g] for _, _, g in TABLE]
 FOLDS = ["fold00", "fold01"]
 Rule = Callable[[cmi.Recordings], list[float]]
 Serve = Callable[..., cmi.Predictor]
-Printed = pytest.CaptureFixture[str]
-Patch = pytest.MonkeyPatch
 REC = recordings([40, 30, 50, 20], seed=4)
 RIGHT = pl.DataFrame({"subject": ["SUBJ_1"], "handedness": [1], "age": [30]})
 PLAIN = {"subject_assignment": "0", "frame_cache_max_items": 0}
@@ -177,7 +176,9 @@ def test_a_part_that_fails_is_left_out_counted_and_dropped(serve: Serve, capsys:
     alone = serve({"lgbm/all": failing}, weights, strict=False)
     assert [ask(alone) for _ in range(2)] == ["Text on phone"] * 2
     assert alone.fallbacks["ForeignError: planted"] == 2
-    assert "planted" in capsys.readouterr().err, "with its traceback"
+    printed = capsys.readouterr()
+    assert "in_a_row=3/3" in printed.out
+    assert "planted" in printed.err, "with its traceback"
     with pytest.raises(ForeignError, match="planted"):
         ask(serve(rules, weights, **PLAIN))
 
@@ -206,9 +207,23 @@ def test_questions_at_once_are_answered_one_after_the_other(serve: Serve) -> Non
     assert told == ["begins", "ends"] * 4
 
 
-def test_folds_are_averaged_parts_pooled_and_fixed_shares_hold(
-    serve: Serve, capsys: Printed
+def test_of_several_weights_those_passed_over_are_told(
+    serve: Serve, tmp_path: Path, monkeypatch: Patch, capsys: Printed
 ) -> None:
+    """As with two bundles attached, of which one must be the first."""
+    monkeypatch.setattr(cmi, "KAGGLE_INPUT", tmp_path / "input")
+    predictor = serve({"lgbm/all": always(0)}, weights_of({"lgbm/all": 1.0}), **PLAIN)
+    for name in ("a", "b"):
+        copy = tmp_path / "input" / name / "ensemble"
+        shutil.copytree(tmp_path / "ensemble", copy)
+    shutil.rmtree(tmp_path / "ensemble")
+    assert ask(predictor) == GESTURES[0]
+    chosen, passed_over = (f"{tmp_path}/input/{name}/ensemble/weights.json" for name in "ab")
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"weights={chosen} passed_over={passed_over}" in printed
+
+
+def test_parts_are_pooled_and_fixed_shares_hold(serve: Serve, capsys: Printed) -> None:
     rules = {"lgbm/all": always(0), "torch/all": always(1), "lgbm/imu": always(2)}
     found = weights_of({"lgbm/all": 0.2, "torch/all": 0.5, "lgbm/imu": 0.3})
 

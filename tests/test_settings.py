@@ -1,5 +1,6 @@
 """Settings, arguments and help; when a line of progress is due and what it says."""
 
+import io
 import re
 import subprocess
 import sys
@@ -7,25 +8,9 @@ import time
 from pathlib import Path
 
 import pytest
+from runs import Patch, Printed
 
 import cmi_pipeline as cmi
-
-Printed = pytest.CaptureFixture[str]
-KNOWN = """
-CMI_DATA_DIR OUTPUT_PATH CKPT_BASE_DIR SEED N_FOLDS USE_LGBM USE_TORCH USE_KERAS FORCE_TRAIN_LGBM
-FORCE_TRAIN_TORCH FORCE_TRAIN_KERAS RESUME RESUME_TORCH RESUME_KERAS LGBM_BUNDLE_PATH
-TORCH_BUNDLE_PATH KERAS_BUNDLE_PATH FAIL_IF_TORCH_MISSING FAIL_IF_KERAS_MISSING PLAN_ONLY
-SERVE_ONLY STRICT FIXED_PAD_LEN PAD_LEN_PERCENTILE MODALITY_DROPOUT_PROB FRAME_CACHE
-FRAME_CACHE_MAX_MB FRAME_CACHE_MAX_ITEMS LGBM_ROUNDS LGBM_LR LGBM_LEAVES LGBM_ES_ROUNDS
-LGBM_TOP_FEATURES TORCH_MAX_EPOCHS TORCH_BATCH_SIZE TORCH_ACCUM_STEPS TORCH_LR TORCH_WEIGHT_DECAY
-TORCH_DROPOUT TORCH_LABEL_SMOOTHING TORCH_ES_PATIENCE TORCH_ES_MIN_DELTA TORCH_AMP TORCH_SEEDS
-TORCH_DATA_PARALLEL USE_FOCAL_LOSS DL_NUM_WORKERS KERAS_MAX_EPOCHS KERAS_BATCH_SIZE KERAS_LR
-KERAS_DROPOUT KERAS_LABEL_SMOOTHING KERAS_ES_PATIENCE KERAS_RLR_PATIENCE KERAS_MP KERAS_JIT
-ENSEMBLE_WEIGHTS ENSEMBLE_W_LGBM ENSEMBLE_W_TORCH ENSEMBLE_W_KERAS ENSEMBLE_SEARCH ENSEMBLE_TRIALS
-ENSEMBLE_TEMPERATURE SUBJECT_ASSIGNMENT UPSIDE_DOWN LOG_EVERY_STEPS PRINT_EVERY_STEPS
-FEATURE_LOG_EVERY SAVE_JSONL USE_TQDM CMI_WORKERS CMI_BACKEND DASK_SCHEDULER RAY_ADDRESS
-KAGGLE_IS_COMPETITION_RERUN
-"""
 
 
 def test_environment_overrides_defaults() -> None:
@@ -45,21 +30,24 @@ def test_environment_overrides_defaults() -> None:
     assert words == [True, True, True, False, False]
 
 
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("KERAS_BATCH_SIZE", "51x", "KERAS_BATCH_SIZE='51x' cannot be read as int (default 512)."),
-        ("STRICT", "maybe", "STRICT='maybe' cannot be read as bool (default False)."),
-        ("N_FOLDS", "1", "N_FOLDS=1 must be from 2 to"),
-        ("SUBJECT_ASSIGNMENT", "2", "SUBJECT_ASSIGNMENT=2 must be one of auto, 0, 1."),
-        ("MODALITY_DROPOUT_PROB", "1.5", "MODALITY_DROPOUT_PROB=1.5 must be from 0 to 1"),
-        ("KERAS_LR", "nan", "KERAS_LR"),
-        ("TORCH_WIDTH", "20", "TORCH_WIDTH"),
-    ],
-)
-def test_a_value_that_cannot_be_used_stops_the_run(name: str, text: str, message: str) -> None:
-    with pytest.raises(cmi.ConfigError, match=re.escape(message)):
-        cmi.Config.from_env({name: text})
+UNUSABLE = {
+    "KERAS_BATCH_SIZE='51x'": " cannot be read as int (default 512).",
+    "STRICT='maybe'": " cannot be read as bool (default False).",
+    "N_FOLDS=1": " must be from 2 to",
+    "SUBJECT_ASSIGNMENT=2": " must be one of auto, 0, 1.",
+    "MODALITY_DROPOUT_PROB=1.5": " must be from 0 to 1",
+    "KERAS_LR=nan": "",
+    "OUTPUT_PATH='~nobody-of-that-name/x'": " cannot be read as Path",
+}
+
+
+def test_a_value_that_cannot_be_used_stops_the_run() -> None:
+    for given, message in UNUSABLE.items():
+        name, text = given.replace("'", "").split("=")
+        with pytest.raises(cmi.ConfigError, match=re.escape(given + message)):
+            cmi.Config.from_env({name: text})
+    with pytest.raises(cmi.ConfigError, match="TORCH_WIDTH"):
+        cmi.Config.from_env({"TORCH_WIDTH": "20"})
 
 
 def test_help_shows_every_setting_with_the_value_that_arguments_give_it() -> None:
@@ -67,16 +55,15 @@ def test_help_shows_every_setting_with_the_value_that_arguments_give_it() -> Non
     shown = subprocess.check_output(command, text=True)
     assert re.search(r"N_FOLDS\b.* 7 \(default 5\).* folds", shown)
     assert re.search(r"LGBM_LR\b.* 0\.5 \(default 0\.07\)", shown)
-    assert set(KNOWN.split()) <= set(re.findall(r"^\W*([A-Z_]+) ", shown, re.M))
+    names = {name.upper() for name in cmi.Config.__dataclass_fields__}
+    assert names <= set(re.findall(r"^\W*([A-Z_]+) ", shown, re.M))
 
 
-HINTS = {"--plan": "--help lists them", "--n-folds": "N_FOLDS", "EPOCHS=3": "TORCH_MAX_EPOCHS"}
-
-
-@pytest.mark.parametrize("word", HINTS)
-def test_an_unknown_argument_is_refused_with_the_nearest_name(word: str) -> None:
-    with pytest.raises(cmi.ConfigError, match=f"is no argument.*{HINTS[word]}"):
-        cmi.main({}, [word])
+def test_an_unknown_argument_is_refused_with_the_nearest_name() -> None:
+    hints = {"--plan": "--help lists", "--n-folds": "N_FOLDS", "EPOCHS=3": "TORCH_MAX_EPOCHS"}
+    for word, hint in hints.items():
+        with pytest.raises(cmi.ConfigError, match=f"is no argument.*{hint}"):
+            cmi.main({}, [word])
 
 
 def test_likely_slips_in_the_environment_are_told(tmp_path: Path, capsys: Printed) -> None:
@@ -98,9 +85,7 @@ def test_random_numbers_have_an_address_not_an_order() -> None:
     assert all(cmi.rng_for(*other).random() != first for other in others)
 
 
-def test_lines_of_progress_are_due_now_and_then_and_at_the_end(
-    monkeypatch: pytest.MonkeyPatch, capsys: Printed
-) -> None:
+def test_progress_is_told_now_and_then_and_at_the_end(monkeypatch: Patch, capsys: Printed) -> None:
     now, asked = [1000.0], []
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     progress = cmi.Progress("steps", 90, 40, 60, job="a\nb")  # resumed at the 60th
@@ -114,12 +99,16 @@ def test_lines_of_progress_are_due_now_and_then_and_at_the_end(
     assert len(asked) == len(lines), "reading a loss from a card waits for the card"
 
 
-def test_details_go_to_a_file_and_the_screen_shows_what_a_person_wants(
-    tmp_path: Path, capsys: Printed
-) -> None:
+def test_a_terminal_may_lack_characters(monkeypatch: Patch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw := io.BytesIO(), encoding="ascii"))
+    cmi.say("LR 1 → 2 …")
+    assert raw.getvalue().endswith(b"LR 1 ? 2 ?\n")
+
+
+def test_details_go_to_a_file(tmp_path: Path, capsys: Printed) -> None:
     """No line of the screen is longer than 140 characters; a long stage says that it still runs."""
     log = tmp_path / "run.log"
-    cmi.share_log(time.time() - 100, [log])
+    cmi.RUN_LOG.update(began=time.time() - 100, file=log)
     try:
         cmi.log("detail", x=1.23456, y="a\nb")
         cmi.log("warning", text=" ".join(["word"] * 60))
@@ -129,7 +118,7 @@ def test_details_go_to_a_file_and_the_screen_shows_what_a_person_wants(
             with cmi.stage("nap", cmi.Config(output_path=tmp_path), state=lambda: "half"):
                 time.sleep(2.5)
     finally:
-        cmi.RUN_LOG.clear()
+        cmi.RUN_LOG.update(file=None)
     screen, details = capsys.readouterr().out, log.read_text()
     assert re.search(r"^\[  100\.\ds\] detail +x=1\.235  y=a b$", details, re.M)
     assert "detail" not in screen

@@ -70,15 +70,19 @@ class Progress:
             log("progress", self.line())
 
     def line(self) -> str:
-        """Done and total, rate, ETA, slowest call, the call under way, the commonest answers."""
+        """Done and total, rate, ETA, slowest call, the call under way, the commonest answers.
+
+        The first answer tells no pace: models are loaded for it.
+        """
         current = self.current  # the other thread may clear it
         waiting = time.monotonic() - current[0] if current else 0.0
         parts = [f"done={self.done}/{'?' if self.total is None else self.total}"]
-        if self.done:
+        if self.done > 1 or (self.done and self.done == self.total):
             pace = self._seconds_per_answer()
             parts.append(f"rate={1 / max(pace, 1e-9):.3g}/s")
             if self.total is not None:
                 parts.append(f"eta={duration((self.total - self.done) * pace)}")
+        if self.done:
             parts.append(f"slowest={duration(self.slowest[0])} {self.slowest[1]}")
         if current and waiting >= 1:
             parts.append(f"waiting={duration(waiting)} for {current[1]}")
@@ -89,7 +93,7 @@ class Progress:
         return "  ".join(parts)
 
     def _seconds_per_answer(self) -> float:
-        """Pace in s; without the first answer if there are others, as that one loads the models."""
+        """Pace in s, without the first answer if there are others."""
         if self.done == 1:
             return self.seconds
         return (time.monotonic() - self._first_answered) / (self.done - 1)

@@ -1,0 +1,75 @@
+"""Models that were trained with one set of releases serve with the others.
+
+CMI_PYTHONS names an interpreter of each set, separated by colons: .ci/run gives those of Kaggle's
+images of July 2025 and June 2026, and of the newest releases.
+"""
+
+import itertools
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import polars as pl
+import pytest
+from runs import ALIKE, SCRIPT, check_submission, copied, environment, good
+
+import cmi_simulator
+
+PYTHONS = [path for path in os.environ.get("CMI_PYTHONS", "").split(":") if path]
+pytestmark = pytest.mark.skipif(len(PYTHONS) < 2, reason="CMI_PYTHONS names no two interpreters")
+FEW = {**ALIKE, "LGBM_ROUNDS": "5", "TORCH_MAX_EPOCHS": "1"}
+Answers = dict[str, str]
+
+
+def answers(out: Path) -> Answers:
+    return dict(pl.read_parquet((out / "submission.parquet").read_bytes()).iter_rows())
+
+
+def run_by(python: str, out: Path, **settings: str) -> Answers:
+    """All members, on the data that CMI_DATA_DIR names."""
+    own = environment(out, **FEW, TF_CPP_MIN_LOG_LEVEL="3", **settings)
+    how = {"cwd": out.parent, "env": own, "text": True, "capture_output": True, "timeout": 900}
+    good(subprocess.run([python, str(SCRIPT)], **how))  # type: ignore[call-overload]
+    return answers(out)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "simulated"
+    cmi_simulator.simulate(folder, subjects=4, test_subjects=1, recordings_per_subject=18, seed=4)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def trained(
+    data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, Answers]]:
+    """The folder of a run by an interpreter, made once, and what it answered."""
+    done = dict[str, tuple[Path, Answers]]()
+
+    def of(python: str) -> tuple[Path, Answers]:
+        if python not in done:
+            out = tmp_path_factory.mktemp("trained") / "out"
+            done[python] = out, run_by(python, out, CMI_DATA_DIR=str(data))
+        return done[python]
+
+    return of
+
+
+@pytest.mark.parametrize(("trainer", "server"), [*itertools.permutations(PYTHONS, 2)])
+def test_models_of_one_serve_with_the_other(
+    data: Path, trained: Callable[[str], tuple[Path, Answers]],
+    trainer: str, server: str, tmp_path: Path,
+) -> None:  # fmt: skip
+    """Without a fallback; nearly all answers are the same, for the last digits may differ."""
+    folder, before = trained(trainer)
+    out = copied(folder, tmp_path / "out", "submission.parquet", "checkpoints", "logs")
+    after = run_by(server, out, CMI_DATA_DIR=str(data), SERVE_ONLY="1")
+    check_submission(out, data)
+    log = (out / "logs" / "run.log").read_text()
+    assert "fallbacks=0" in log
+    loaded = "lgbm/all,lgbm/imu,lgbm/norot,torch/all,torch/imu,keras/all,keras/imu"
+    assert f"models={loaded} " in log
+    same = sum(after[name] == gesture for name, gesture in before.items())
+    assert same >= 0.9 * len(before)
