@@ -4259,7 +4259,10 @@ def inference_server(cfg: Config) -> Any:
     places = [cfg.cmi_data_dir, *(p.parent for p in find_below(KAGGLE_INPUT, "kaggle_evaluation"))]
     extra = [str(p) for p in places if p and (p / "kaggle_evaluation").is_dir()]
     sys.path += [p for p in extra if p not in sys.path]
-    return importlib.import_module("kaggle_evaluation.cmi_inference_server").CMIInferenceServer
+    module = importlib.import_module("kaggle_evaluation.cmi_inference_server")
+    others = [path for path in extra if not str(module.__file__).startswith(path)]
+    log("gateway", module=module.__file__, passed_over=",".join(others))
+    return module.CMIInferenceServer
 
 
 def predict(sequence: pl.DataFrame, demographics: pl.DataFrame) -> str:
@@ -4337,7 +4340,7 @@ def simulated(cfg: Config) -> Path:
     if not (folder / TEST_FILES[0]).is_file():
         partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
         with stage("simulation", cfg):
-            simulator.simulate(partial, **size)
+            simulator.simulate(partial, **size, log=log)
         partial.rename(folder)
     return folder
 

@@ -1269,7 +1269,6 @@ def write_side(
     chunks = (table_of(picks[i : i + 128], columns) for i in range(0, len(picks), 128))
     write_parts(out / f"{name}.csv", chunks, columns)
     write_parts(out / f"{name}_demographics.csv", [demographics(wearers)], DEMOGRAPHICS)
-    log("written", file=f"{name}.csv", subjects=len(wearers), recordings=len(picks))
 
 
 def demographics(wearers: list[Wearer]) -> pl.DataFrame:
@@ -1291,8 +1290,9 @@ def simulate(
     seed: int = 1,
     recordings_per_subject: int | None = None,
     workers: int = 2,
+    log: Callable[..., None] = log,
 ) -> None:
-    """Write the five files into `out`; the same arguments, but for `workers`, give the same files.
+    """Write the five files into `out`; the same arguments, but for the last two, give the same.
 
     Other releases of numpy may differ in the last digit of some rows.
     recordings_per_subject: a random part of the protocol's 102; None: all of it, with the few

@@ -440,7 +440,7 @@ def test_the_command_line_makes_the_same_files_and_checks_them(tmp_path):
     knobs = ("--subjects", 3, "--test-subjects", 2, "--seed", 9, "--recordings", 4)
     run = command(tmp_path / "cli", *knobs)
     assert (run.returncode, run.stderr) == (0, "")
-    assert "recordings=12" in run.stdout
+    assert "recordings=20" in run.stdout
     made = small(tmp_path / "api")
     assert {name: (tmp_path / "cli" / name).read_bytes() for name in made} == made
     missing = command(tmp_path / "cli", "--check", tmp_path / "none.json")
