@@ -3417,7 +3417,7 @@ def find_weights(parts: Sequence[str], logs: F32, labels: Labels, rows: Any, cfg
         warm = cfg.ensemble_temperature
         return shares / warm if warm else shares * fit_weights(pooled, same)[0]
     begin, ones = fit_weights(logs, same), np.ones(len(logs))
-    if cfg.ensemble_search == "logloss":
+    if cfg.ensemble_search == "logloss" or len(logs) == 1:
         return begin
     drawn = rng_for(cfg, "blend", *table.shape).dirichlet(ones, cfg.ensemble_trials)
     trials = np.vstack([begin, np.vstack([np.diag(ones), drawn]) * begin.sum()]).astype(np.float32)
