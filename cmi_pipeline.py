@@ -2135,6 +2135,7 @@ class Training:
             self.done = note["done"]
             self.best = {k[5:]: v for k, v in arrays.items() if k.startswith("best/")}
             learner.restore(arrays)
+            log("resume", job=job.name, epoch=len(self.done["history"]))
 
     def rates(self) -> list[float]:
         """Of the next epoch: halved after each RLR_PATIENCE epochs without a lower validation loss;
