@@ -3890,23 +3890,23 @@ def show_timeline(cfg: Config) -> str:
     return table_html(rows)
 
 
-def submission_score(cfg: Config) -> float | None:
-    """The submission's own score, where the truth lies beside the test file, as in a simulation."""
-    truth_path, path = cfg.data_dir / "test_truth.csv", cfg.out / "submission.parquet"
-    if not (truth_path.is_file() and path.is_file()):
-        return None
+def read_submission(cfg: Config) -> tuple[pl.DataFrame, float | None]:
+    """What was answered, and its own score where the truth lies beside the test file, as in a
+    simulation."""
+    given = pl.read_parquet((cfg.out / "submission.parquet").read_bytes())
+    if not (truth_path := cfg.data_dir / "test_truth.csv").is_file():
+        return given, None
     truth = dict(read_csv(truth_path).select("sequence_id", "gesture").iter_rows())
-    given = pl.read_parquet(io.BytesIO(path.read_bytes())).iter_rows()
-    codes = [(GESTURES.index(truth[i]), GESTURES.index(g)) for i, g in given if i in truth]
-    return score(*np.array(codes, np.int64).reshape(-1, 2).T)
+    pairs = [(truth[i], gesture) for i, gesture in given.iter_rows() if i in truth]
+    codes = np.array([[*map(GESTURES.index, pair)] for pair in pairs], np.int64)
+    return given, score(*codes.reshape(-1, 2).T)
 
 
 def show_submission(cfg: Config) -> str:
     """Submission. What was answered about the test recordings: by gesture, and the first rows."""
-    path = cfg.out / "submission.parquet"
-    if not path.is_file():
+    if not (cfg.out / "submission.parquet").is_file():
         return "No submission.parquet: nothing was served."
-    given, value = pl.read_parquet(io.BytesIO(path.read_bytes())), submission_score(cfg)
+    given, value = read_submission(cfg)
     counts = collections.Counter(given["gesture"])
     bars = {g: bar_html(0, counts[g] / max(counts.values(), default=1)) for g in GESTURES}
     rows = [{"gesture": g, "answers": counts[g], "": bar} for g, bar in bars.items()]
@@ -4509,9 +4509,9 @@ def run_here(cfg: Config) -> None:
         return
     serve(cfg)
     write_report(outcome, cfg)
-    value, path = submission_score(cfg), cfg.out / "submission.parquet"
+    given, value = read_submission(cfg)
     known = "" if value is None else f", score {value:.4f} by test_truth.csv"
-    say(f"submission  {path}, {len(pl.read_parquet(io.BytesIO(path.read_bytes()))):,} rows{known}")
+    say(f"submission  {cfg.out / 'submission.parquet'}, {len(given):,} rows{known}")
     then = "python make_kaggle_dataset.py packs these models for Kaggle, see README"
     if value is not None:
         then = "this was simulated: CMI_DATA_DIR=… trains on the competition's files"
