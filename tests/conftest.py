@@ -2,6 +2,7 @@
 
 import fcntl
 import importlib.util
+import json
 import os
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ if importlib.util.find_spec("cmi_pipeline") is None:
 @pytest.fixture(scope="session")
 def road(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of one full run of all members, for reading only, and what the run printed; the
-    first process of pytest-xdist to come makes it while the others wait."""
+    first process of pytest-xdist to come makes it while the others wait. Keras is set up there for
+    another backend, order of axes and precision, as somebody's other work may have left it."""
     from runs import good, run
 
     own = tmp_path_factory.getbasetemp()
@@ -26,7 +28,11 @@ def road(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not printed.exists():
-            printed.write_text(good(run(folder / "out", STRICT="1", PYTHONPATH="")))
+            (keras := folder / "keras").mkdir(exist_ok=True)
+            other = {"backend": "jax", "floatx": "float16", "image_data_format": "channels_first"}
+            (keras / "keras.json").write_text(json.dumps(other))
+            ambient = {"KERAS_HOME": str(keras), "KERAS_BACKEND": "jax", "PYTHONPATH": ""}
+            printed.write_text(good(run(folder / "out", STRICT="1", **ambient)))
     return folder / "out", printed.read_text()
 
 
