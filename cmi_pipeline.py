@@ -237,7 +237,7 @@ class Config:
     ensemble_w_torch: float | None = setting(None, "share; fitted, .45 without rows", (), SIZE)
     ensemble_w_keras: float | None = setting(None, "share; fitted, .35 without rows", (), SIZE)
     ensemble_search: str = setting("logloss", "what weights are best", (), ("logloss", "score"))
-    ensemble_trials: int = setting(1024, "weights tried for the best score", (), COUNT)
+    ensemble_trials: int = setting(256, "weights tried for the best score", (), COUNT)
     ensemble_temperature: float | None = setting(None, "of fixed shares; fitted", (), (0.01, 100))
     subject_assignment: str = setting("auto", "labels once a subject", (), SWITCH)
 
@@ -1663,6 +1663,7 @@ STRETCH = 0.1  # a recording is played up to this much faster or slower
 JITTER = 0.15  # rad, spread of the wristband's rotation about each axis
 SHIFT, GAP = 6, 12  # rows at most that the end is cut by, and that go missing in the middle
 CHANNEL_LOSS, MIXUP_ALPHA = 0.1, 0.4  # share of channels; parameter of the beta law
+ALIKE = 4  # batches among which recordings are ordered by length
 STRIDE = 8  # both networks halve time three times
 PLACE_ROWS = 90.0  # unit of the rows still to come, the same whatever a network is padded to
 MAX_DEVIATION = 10.0  # standard deviations; beyond them a channel says no more
@@ -1677,11 +1678,6 @@ class NetworkSpec:
     pad_len: int  # rows it sees, the last ones
     width: int  # channels of the first block
     images: bool  # does it see the ToF images themselves?
-
-    @property
-    def n_steps(self) -> int:
-        """T: pad_len, rounded up so that it can be halved three times."""
-        return -(-self.pad_len // STRIDE) * STRIDE
 
     @classmethod
     def read(cls, stored: Mapping[str, Any]) -> NetworkSpec:
@@ -1730,7 +1726,6 @@ class Batch:
     """Input and targets of B recordings."""
 
     x: F32  # (B, T, D) standardised channels, presence of each group, place, mask
-    length: I64  # (B) rows that exist
     images: U8 | None = None  # (B, T, 5, 8, 8)
     label: F32 | None = None  # (B, L) probabilities
     phase: F32 | None = None  # (B, T / 8) share of rows in which the gesture is performed
@@ -1754,21 +1749,25 @@ class Batches:
     mean: F32  # (C)
     sd: F32  # (C)
     labels: Labels | None = None
-    whole: bool = False  # always T = n_steps, for networks whose graph has a fixed length
 
     def plain(self, index: I64) -> Batch:
         """Recordings as they are."""
         last = self.frames.start[index + 1] - 1
         length = np.minimum(last + 1 - self.frames.start[index], self.spec.pad_len)
         row = last[:, None] - self.rows_from_end(length)
-        return Batch(self.standardised(self.frames.x[row], length), length, self.images(row))
+        return Batch(self.standardised(self.frames.x[row], length), self.images(row))
 
     def epoch(
         self, index: I64, n_batches: int, rng: np.random.Generator, cfg: Config
     ) -> Iterator[Batch]:
-        """Every recording once, shuffled and changed at random, in batches of nearly equal size."""
-        for part in np.array_split(rng.permutation(index), n_batches):
-            yield self.augmented(part, rng, cfg)
+        """Every recording once, shuffled and changed at random, in batches of nearly equal size. Of
+        so many at a time the short ones come together: less padding."""
+        drawn = np.array_split(rng.permutation(index), n_batches)
+        for i in range(0, n_batches, ALIKE):
+            some = np.concatenate(drawn[i : i + ALIKE])
+            ordered = some[np.argsort(np.diff(self.frames.start)[some], kind="stable")]
+            for part in np.array_split(ordered, len(drawn[i : i + ALIKE])):
+                yield self.augmented(part, rng, cfg)
 
     def augmented(self, index: I64, rng: np.random.Generator, cfg: Config) -> Batch:
         """Recordings changed at random, each change with its own probability."""
@@ -1796,11 +1795,11 @@ class Batches:
         label = other + share[:, None] * (own - other)
         steps = x[..., -1].reshape(n, -1, STRIDE)  # 1 where a row exists
         performed = (self.labels.phase[row].reshape(steps.shape) * steps).sum(axis=2)
-        return Batch(x, length, images, label, performed / np.maximum(steps.sum(axis=2), 1))
+        return Batch(x, images, label, performed / np.maximum(steps.sum(axis=2), 1))
 
     def rows_from_end(self, length: I64) -> I64:
         """How many rows before its last one each row lies; 0 in the padding. (B) → (B, T)"""
-        longest = self.spec.n_steps if self.whole else -(-int(length.max()) // STRIDE) * STRIDE
+        longest = -(-int(length.max()) // STRIDE) * STRIDE  # so that it can be halved three times
         return np.maximum(length[:, None] - 1 - np.arange(longest), 0)
 
     def images(self, row: I64) -> U8 | None:
@@ -1944,13 +1943,13 @@ def fit_lgbm(job: Job, table: FeatureTable, labels: Labels, cfg: Config) -> dict
         share = max(share, 0.5)
     drop_thm, drop_tof = dropped_modalities(len(job.train), job.rng(cfg, "dropout"), share)
     x = table.take(job.train).without(drop_thm, drop_tof).x[:, columns]
-    seed = int(job.rng(cfg).integers(2**31))
+    seed, dataset = int(job.rng(cfg).integers(2**31)), lgb.Dataset(x, feature_name=names)
     for target, n_classes in AUX_TARGETS.items():
         params = lgbm_params(cfg, n_classes, len(x), seed) | {"learning_rate": AUX_RATE}
-        dataset = lgb.Dataset(x, getattr(labels, target)[job.train], feature_name=names)
+        dataset.set_label(getattr(labels, target)[job.train])  # the columns are binned once
         text = lgb.train(params, dataset, AUX_ROUNDS).model_to_string()
         write_whole(job.folder / f"{job.stem}_{target}.txt", text)
-    dataset = lgb.Dataset(x, labels.gesture[job.train], feature_name=names)
+    dataset.set_label(labels.gesture[job.train])
     watched, truth = table.x[job.valid][:, columns], labels.gesture[job.valid]
     params = lgbm_params(cfg, len(GESTURES), len(x), seed)
     booster = boost_gestures(job, params, dataset, lgb.Dataset(watched, truth, dataset), cfg)
@@ -2081,7 +2080,7 @@ def predict_lgbm(folds: Sequence[LgbmFold], table: FeatureTable) -> F32:
 # state, all that training changes, and restore. It names its device, precision, out_of_memory.
 
 # %%
-NETWORK_FORM = 3  # raise it when files or checkpoints of networks change
+NETWORK_FORM = 4  # raise it when files or checkpoints of networks change
 Logits = Callable[[Batch], tuple[F32, F32]]  # of gesture (B, K) and label (B, L)
 
 
@@ -2268,14 +2267,13 @@ class NetworkFold:
     mean: F32
     sd: F32
     logits: Logits
-    whole: bool  # batches of fixed length
 
 
 def predict_folds(folds: Sequence[NetworkFold], frames: Frames) -> F32:
     """Composite probabilities by each network. → (folds, N, L)"""
     if frames.groups != folds[0].spec.groups:
         raise ValueError("The networks were trained on other channels than these. Train again.")
-    made = [Batches(frames, f.spec, f.mean, f.sd, whole=f.whole) for f in folds]
+    made = [Batches(frames, f.spec, f.mean, f.sd) for f in folds]
     pairs, index = zip(folds, made, strict=True), np.arange(len(frames))
     return np.stack([predict_network(f.logits, batches, index) for f, batches in pairs])
 
@@ -2297,15 +2295,26 @@ TORCH_STATE = ("net", "average", "optimizer", "scaler")  # what a TorchLearner c
 
 @functools.cache
 def torch_classes() -> types.SimpleNamespace:  # noqa: C901 a builder that only holds classes
-    """The layers and the network."""
+    """The layers and the network. Rows lie one behind the other, (B, T, C): norms, masks and sums
+    then work on whole rows, and so does the library's convolution."""
     F = nn.functional
-    pack, unpack = nn.utils.rnn.pack_padded_sequence, nn.utils.rnn.pad_packed_sequence
+
+    class Conv(nn.Conv1d):
+        """A convolution along the rows. (B, T, C) → (B, T, W)"""
+
+        def __init__(self, n_in: int, width: int, kernel: int, groups: int = 1) -> None:
+            super().__init__(n_in, width, kernel, padding="same", groups=groups, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            image, kernel = x.transpose(1, 2)[:, :, None], self.weight[:, :, None]  # of one line
+            reach = (0, self.kernel_size[0] // 2)
+            found = F.conv2d(image, kernel, padding=reach, groups=self.groups)
+            return found[:, :, 0].transpose(1, 2)
 
     class MaskedNorm(nn.Module):
         """Batch norm that leaves padding out of its statistics and zero in its output."""
 
         momentum, eps = 0.1, 1e-5
-        fused = False  # into the convolution before it, see `fuse_norms`
 
         def __init__(self, width: int) -> None:
             super().__init__()
@@ -2314,74 +2323,72 @@ def torch_classes() -> types.SimpleNamespace:  # noqa: C901 a builder that only 
             self.register_buffer("running_mean", torch.zeros(width))
             self.register_buffer("running_var", torch.ones(width))
 
-        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-            """(B, C, T), (B, 1, T) → (B, C, T)"""
-            if self.fused:
-                return x * mask
-            there = mask[:, 0] > 0
-            rows = x.transpose(1, 2)[there].float()  # whatever the precision around it
+        def forward(self, x: Tensor, there: Tensor) -> Tensor:
+            """(B, T, C), numbers of the rows that exist, as in `rows_there` → (B, T, C)"""
+            rows = x.flatten(0, 1)
+            known = rows.index_select(0, there).float()  # whatever the precision around it
             learnt = (self.running_mean, self.running_var, self.weight, self.bias)
-            many = self.training and len(rows) > 1  # one row has no statistics of its own
-            known = F.batch_norm(rows, *learnt, many, self.momentum, self.eps).to(x.dtype)
-            return torch.zeros_like(x).transpose(1, 2).index_put((there,), known).transpose(1, 2)
+            many = self.training and len(known) > 1  # one row has no statistics of its own
+            known = F.batch_norm(known, *learnt, many, self.momentum, self.eps).to(x.dtype)
+            return torch.zeros_like(rows).index_copy(0, there, known).view(x.shape)
 
     class Block(nn.Module):
         """Two convolutions, squeeze and excitation, a shortcut; then time is halved."""
 
         def __init__(self, n_in: int, width: int) -> None:
             super().__init__()
-            about = {"padding": "same", "bias": False}
-            self.first = nn.Conv1d(n_in, width, BLOCK_KERNEL, **about)
-            self.second = nn.Conv1d(width, width, BLOCK_KERNEL, **about)
-            self.short = nn.Conv1d(n_in, width, 1, bias=False)
+            self.first = Conv(n_in, width, BLOCK_KERNEL)
+            self.second = Conv(width, width, BLOCK_KERNEL)
+            self.short = Conv(n_in, width, 1)
             self.norms = nn.ModuleList([MaskedNorm(width) for _ in range(3)])
             self.squeeze = nn.Linear(width, width // 8)
             self.excite = nn.Linear(width // 8, width)
 
         def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-            """(B, C, T), (B, 1, T) → (B, W, T/2), (B, 1, T/2)"""
-            h = F.silu(self.norms[0](self.first(x), mask))
-            h = self.norms[1](self.second(h), mask)
-            mean = h.sum(2) / mask.sum(2).clamp(min=1)  # over the rows that exist
+            """(B, T, C), (B, T, 1) → (B, T/2, W), (B, T/2, 1)"""
+            there = rows_there(mask)
+            h = F.silu(self.norms[0](self.first(x), there))
+            h = self.norms[1](self.second(h), there)
+            mean = h.sum(1) / mask.sum(1).clamp(min=1)  # over the rows that exist
             gain = torch.sigmoid(self.excite(F.silu(self.squeeze(mean))))
-            h = F.silu(torch.addcmul(self.norms[2](self.short(x), mask), h, gain[:, :, None]))
+            h = F.silu(torch.addcmul(self.norms[2](self.short(x), there), h, gain[:, None]))
             h = h.masked_fill(mask == 0, torch.finfo(h.dtype).min)
-            mask = mask[..., ::2]
-            return h.unflatten(2, (-1, 2)).amax(3).masked_fill(mask == 0, 0.0), mask
+            h, mask = F.max_pool1d(h.transpose(1, 2), 2).transpose(1, 2), mask[:, ::2]
+            return h.masked_fill(mask == 0, 0.0), mask
 
     class Stem(nn.Module):
-        """A convolution of its own for each sensor group, all in one with zeros between groups, and
-        a small 2-D network over each 8 × 8 image, shared by the five sensors."""
+        """A convolution of its own for each sensor group, as one where neighbours have one shape,
+        and a small 2-D network over each 8 × 8 image, shared by the five sensors."""
 
         def __init__(self, spec: NetworkSpec) -> None:
             super().__init__()
             names, channels = zip(*spec.groups, strict=True)
-            number, widths = np.arange(len(names)), [STEM_WIDTH.get(n, TOF_WIDTH) for n in names]
+            number = np.arange(len(names))
             seen = [n for n in number if spec.images and names[n].startswith("tof_")]
-            inputs = np.r_[np.repeat(number, [*map(len, channels)]), number]  # group of each input
-            inputs = np.r_[inputs, np.repeat(seen, IMAGE_WIDTH)]
-            block = torch.from_numpy(inputs == np.repeat(number, widths)[:, None])  # (W, inputs)
+            of_group = [*map(len, channels)]
+            inputs = np.r_[np.repeat(number, of_group), number, np.repeat(seen, IMAGE_WIDTH)]
+            inputs = inputs.astype(np.int64)  # group of each input
+            self.order = np.argsort(inputs, kind="stable").tolist()
+            widths = [STEM_WIDTH.get(name, TOF_WIDTH) for name in names]
+            runs = itertools.groupby(zip(np.bincount(inputs).tolist(), widths, strict=True))
+            shapes = [(len([*run]), *shape) for shape, run in runs]
+            convs = [Conv(n * a, n * w, STEM_KERNEL, groups=n) for n, a, w in shapes]
+            self.convs, self.norm = nn.ModuleList(convs), MaskedNorm(sum(widths))
             self.width, self.image = sum(widths), None
             if seen:
                 first, second = nn.Conv2d(2, 8, 3, 2, 1), nn.Conv2d(8, IMAGE_WIDTH, 4)
                 self.image = nn.Sequential(first, nn.SiLU(), second, nn.SiLU())
-            self.conv = nn.Conv1d(len(inputs), self.width, STEM_KERNEL, padding="same", bias=False)
-            self.norm = MaskedNorm(self.width)
-            self.register_buffer("block", block[:, :, None].float(), persistent=False)
-            with torch.no_grad():  # as layers of their own would begin
-                reach = (self.block.sum(1, keepdim=True) * STEM_KERNEL).rsqrt()
-                self.conv.weight.uniform_(-1, 1).mul_(self.block * reach)
 
         def forward(self, x: Tensor, codes: Any, mask: Tensor) -> Tensor:
-            """(B, inputs, T), (B, T, 5, 8, 8) bytes → (B, W, T)"""
+            """(B, T, inputs), (B, T, 5, 8, 8) bytes → (B, T, W)"""
             if self.image is not None:
                 seen = (codes <= FARTHEST).float()
                 near = (1 - codes.float() / FARTHEST) * seen  # 1 touching … 0 far away or unseen
                 h = self.image(torch.stack([near, seen], 3).flatten(0, 2))  # (B·T·5, W, 1, 1)
-                h = h.view(*codes.shape[:3], -1).permute(0, 2, 3, 1).flatten(1, 2)
-                x = torch.cat([x, h * mask], 1)
-            h = F.conv1d(x, self.conv.weight * self.block, self.conv.bias, padding="same")
-            return F.silu(self.norm(h, mask))
+                x = torch.cat([x, h.view(*codes.shape[:2], -1) * mask], 2)
+            parts = x[..., self.order].split([conv.in_channels for conv in self.convs], 2)
+            h = [conv(part) for conv, part in zip(self.convs, parts, strict=True)]
+            return F.silu(self.norm(torch.cat(h, 2), rows_there(mask)))
 
     class Head(nn.Module):
         """Pools the steps and says what was done, in which position, starting how, and when."""
@@ -2421,29 +2428,47 @@ def torch_classes() -> types.SimpleNamespace:  # noqa: C901 a builder that only 
             w = spec.width
             widths = (self.stem.width + 1, w, w + w // 2, 2 * w)
             self.blocks = nn.ModuleList(Block(a, b) for a, b in itertools.pairwise(widths))
-            self.lstm = nn.LSTM(2 * w, w, batch_first=True, bidirectional=True)
+            self.lstms = nn.ModuleList(nn.LSTM(2 * w, w, batch_first=True) for _ in range(2))
             self.gru = nn.GRU(2 * w, 2 * w, batch_first=True)
             self.head = Head(spec, dropout)
 
-        def forward(self, x: Tensor, images: Any, length: Any, noise: Any = None) -> Any:
-            """(B, T, D), (B, T, 5, 8, 8), (B) → (B, …) five times; STRIDE divides T"""
-            x = x.transpose(1, 2)
-            place, mask = x[:, -2:-1], x[:, -1:]
-            h = torch.cat([self.stem(x[:, :-2], images, mask), place], 1)  # the gesture comes last
+        def forward(self, x: Tensor, images: Any, noise: Any = None) -> Any:
+            """(B, T, D), (B, T, 5, 8, 8) → (B, …) five times; STRIDE divides T"""
+            place, mask = x[..., -2:-1], x[..., -1:]
+            h = torch.cat(
+                [self.stem(x[..., :-2], images, mask), place], 2
+            )  # the gesture comes last
             for block in self.blocks:
                 h, mask = block(h, mask)
             with torch.autocast(h.device.type, enabled=False):  # the rest is small: float32
-                h = drop(h.float().transpose(1, 2), self.dropout, noise, self.training)
-                if len(h) == 1:
-                    return self.head(self.gru(self.lstm(h)[0])[0], mask[:, 0], noise)
-                for layer in (self.lstm, self.gru):
+                h = drop(h.float(), self.dropout, noise, self.training)
+                for layer in (*self.lstms, self.gru):
                     layer.flatten_parameters()  # for the copies that DataParallel makes
-                steps = (length.cpu() + STRIDE - 1) // STRIDE  # over those that exist
-                h = pack(h, steps, batch_first=True, enforce_sorted=False)
-                h = unpack(self.gru(self.lstm(h)[0])[0], True, total_length=mask.shape[2])[0]
-                return self.head(h, mask[:, 0], noise)
+                there, back = self.lstms
+                order = turned_steps(mask[..., 0])
+                turned = back(reordered(h, order))[0]
+                h = torch.cat([there(h)[0], reordered(turned, order)], 2)
+                return self.head(self.gru(h)[0], mask[..., 0], noise)
 
     return types.SimpleNamespace(Network=Network)
+
+
+def rows_there(mask: Tensor) -> Tensor:
+    """Numbers of the rows that exist, of all recordings end to end. (B, T, 1) → (R)"""
+    return mask.flatten().nonzero()[:, 0]
+
+
+def turned_steps(mask: Tensor) -> Tensor:
+    """Numbers of all steps, end to end, with each recording's own in reverse order and the padding
+    still behind them. (B, T) → (B · T)"""
+    length, step = mask.sum(1, keepdim=True).long(), torch.arange(mask.shape[1], device=mask.device)
+    own = torch.where(step < length, length - 1 - step, step)
+    return (own + len(step) * torch.arange(len(mask), device=mask.device)[:, None]).flatten()
+
+
+def reordered(h: Tensor, order: Tensor) -> Tensor:
+    """(B, T, W), (B · T) → (B, T, W)"""
+    return h.flatten(0, 1).index_select(0, order).view(h.shape)
 
 
 def drop(x: Tensor, p: float, noise: Any, training: bool) -> Tensor:
@@ -2593,10 +2618,10 @@ class TorchLearner:
         write_whole(path.with_name(f"{path.name}.pt"), content.getvalue())
 
 
-def to_tensors(batch: Batch, device: Any) -> tuple[Any, Any, Any]:
-    """Rows and images on the device, lengths on the host."""
+def to_tensors(batch: Batch, device: Any) -> tuple[Any, Any]:
+    """Rows and images on the device."""
     images = None if batch.images is None else torch.from_numpy(batch.images).to(device)
-    return torch.from_numpy(batch.x).to(device), images, torch.from_numpy(batch.length)
+    return torch.from_numpy(batch.x).to(device), images
 
 
 def torch_logits(net: Any, device: Any, batch: Batch) -> tuple[F32, F32]:
@@ -2613,18 +2638,6 @@ def fit_torch(job: Job, frames: Frames, labels: Labels, cfg: Config) -> dict[str
     return fit_network(job, TorchLearner(job, spec, cfg), batches, cfg)
 
 
-def fuse_norms(net: Any) -> None:
-    """Of a network that only answers: each norm becomes part of the convolution before it."""
-    net.stem.conv.weight *= net.stem.block
-    pairs = [(net.stem.conv, net.stem.norm)]
-    for block in net.blocks:
-        pairs += zip((block.first, block.second, block.short), block.norms, strict=True)
-    for conv, norm in pairs:
-        learnt = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-        conv.weight, conv.bias = nn.utils.fuse_conv_bn_weights(conv.weight, None, *learnt)
-        norm.fused = True
-
-
 def load_torch(folder: Path, stems: Sequence[str], table: I64, cfg: Config) -> list[NetworkFold]:
     """The networks of some stems; only tensors are read, nothing is executed."""
     folds, device = [], device_for(0, cfg)
@@ -2633,9 +2646,8 @@ def load_torch(folder: Path, stems: Sequence[str], table: I64, cfg: Config) -> l
         net = torch_classes().Network(about[0], 0.0).eval().requires_grad_(False)
         with refusing(path, "does not hold the network of its spec"):
             net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        fuse_norms(net)
         logits = functools.partial(torch_logits, net.to(device), device)
-        folds.append(NetworkFold(*about, logits, whole=False))
+        folds.append(NetworkFold(*about, logits))
     return folds
 
 
@@ -2643,9 +2655,9 @@ def load_torch(folder: Path, stems: Sequence[str], table: I64, cfg: Config) -> l
 # ## 11 Keras
 #
 # In: Batches. Out: logits. The third member, of another architecture: a deep branch for the IMU and
-# a light one for ToF and THM meet in a BiLSTM and a BiGRU, all of Keras's own layers, so that any
-# Keras opens a .keras file in safe mode. One compiled step serves all folds of a mode: a trace
-# costs as much as several folds, so a fold only sets the variables anew.
+# a light one for ToF and THM meet in a BiGRU, all of Keras's own layers, so that any Keras opens a
+# .keras file in safe mode. One compiled step serves all folds of a mode: a trace costs as much as
+# several folds of a small run, so a fold only sets the variables anew.
 
 # %%
 KERAS_LOCK = threading.RLock()  # compiled steps are shared, so jobs on threads take turns
@@ -2703,7 +2715,7 @@ def residual_block(h: Any, mask: Any, name: str, width: int, kernel: int) -> tup
     Layers are named here and below: TensorFlow orders some sums by names, and Keras's own count on.
     """
     layers = keras.layers
-    rows = layers.Reshape((h.shape[1],), name=f"{name}_rows")(mask)  # (B, T)
+    rows = layers.Reshape((-1,), name=f"{name}_rows")(mask)  # (B, T)
 
     def convolved(x: Any, n: int) -> Any:
         x = layers.Conv1D(width, kernel, padding="same", use_bias=False, name=f"{name}_conv{n}")(x)
@@ -2725,13 +2737,13 @@ def residual_block(h: Any, mask: Any, name: str, width: int, kernel: int) -> tup
 
 
 def connect_layers(spec: NetworkSpec, dropout: float, policy: str = "float32") -> Any:
-    """Two branches, recurrent layers, attention, two heads: inputs of `keras_inputs` → logits of
+    """Two branches, a recurrent layer, attention, two heads: inputs of `keras_inputs` → logits of
     gesture (B, K) and label (B, L), in float32 always. The dtype policy is this network's own."""
     keras.config.set_dtype_policy(policy)
     layers, w = keras.layers, spec.width
     columns = branch_columns(spec)
-    inputs = [keras.Input((spec.n_steps, len(c)), name=f"branch{i}") for i, c in enumerate(columns)]
-    mask = keras.Input((spec.n_steps, 1), name="mask")
+    inputs = [keras.Input((None, len(c)), name=f"branch{i}") for i, c in enumerate(columns)]
+    mask = keras.Input((None, 1), name="mask")
     h, left = inputs[0], mask
     for i, (width, kernel) in enumerate([(w, 3), (2 * w, 5), (2 * w, 5)], start=1):
         h, left = residual_block(h, left, f"imu{i}", width, kernel)
@@ -2741,13 +2753,11 @@ def connect_layers(spec: NetworkSpec, dropout: float, policy: str = "float32") -
             side, there = residual_block(side, there, f"far{i}", w // 2, 3)
         h = layers.Concatenate(name="joined")([h, side])
     h = layers.Dropout(dropout, name="dropout")(h)
-    steps = layers.Reshape((spec.n_steps // STRIDE,), name="steps")(left)  # (B, T / 8)
-    both = []
-    for kind in (layers.LSTM, layers.GRU):
-        # unrolled, Keras masks the steps of the way back in the order of the way there
-        cell = kind(w, return_sequences=True, use_cudnn=False, name=kind.__name__.lower())
-        both.append(layers.Bidirectional(cell, name=f"bi{cell.name}")(h, mask=steps))
-    h = layers.Multiply(name="masked")([layers.Concatenate(name="recurrent")(both), left])
+    steps = layers.Reshape((-1,), name="steps")(left)  # (B, T / 8)
+    # not unrolled: Keras would mask the steps of the way back in the order of the way there
+    cell = layers.GRU(w, return_sequences=True, use_cudnn=False, name="gru")
+    h = layers.Bidirectional(cell, name="bigru")(h, mask=steps)
+    h = layers.Multiply(name="masked")([h, left])
     scores = layers.Dense(4, name="scores")(layers.Dense(w, "tanh", name="hidden")(h))
     scores = layers.Permute((2, 1), name="by_head")(scores)  # (B, heads, T / 8)
     every_head = layers.RepeatVector(4, name="every_head")(steps)
@@ -2887,7 +2897,7 @@ def fit_keras(job: Job, frames: Frames, labels: Labels, cfg: Config) -> dict[str
     with KERAS_LOCK:
         start_keras(cfg.keras_threads)
         spec = network_spec(frames, labels.table, cfg.keras_width, images=False, cfg=cfg)
-        batches = Batches(frames, spec, *standardisation(frames, job.train), labels, whole=True)
+        batches = Batches(frames, spec, *standardisation(frames, job.train), labels)
         return fit_network(job, KerasLearner(job, spec, cfg), batches, cfg)
 
 
@@ -2901,7 +2911,7 @@ def load_keras(folder: Path, stems: Sequence[str], table: I64, cfg: Config) -> l
             network, answer = serving_network(about[0], cfg.keras_jit)
             with refusing(path, "does not hold the network of its spec"):
                 network.load_weights(path)
-            folds.append(NetworkFold(*about, answer(), whole=True))
+            folds.append(NetworkFold(*about, answer()))
     return folds
 
 
@@ -4091,13 +4101,18 @@ def blends_of(models: Collection[str], blends: dict[str, Blend], cfg: Config) ->
 def load_models(cfg: Config) -> Ensemble:
     """Read what is needed to answer; an error if there is no model at all."""
     began, ensemble = time.monotonic(), find_ensemble(cfg)
-    found, models = find_models(cfg, ensemble.digests if ensemble else {}), {}
+    found = find_models(cfg, ensemble.digests if ensemble else {})
     tables = [ensemble.table] if ensemble else [labels for *_, labels in found.values()]
-    for part, (folder, stems, labels) in found.items():
+
+    def load(part: str) -> Any:
+        folder, stems, labels = found[part]
         with leaving_out(part, cfg):
             if not np.array_equal(labels, tables[0]):
                 raise DataError("its labels differ from the ensemble's")
-            models[part] = MEMBERS[part.split("/")[0]].load(folder, stems, labels, cfg)
+            return MEMBERS[part.split("/")[0]].load(folder, stems, labels, cfg)
+
+    with ThreadPoolExecutor() as pool:  # side by side: most of it is importing packages
+        models = {p: m for p, m in zip(found, pool.map(load, found), strict=True) if m}
     if not models:
         seen = f"{', '.join(found)} cannot be used, see above" if found else "there is none"
         advice = "Train first, or point LGBM_, TORCH_ or KERAS_BUNDLE_PATH at a bundle"

@@ -1,22 +1,26 @@
 """How fast the pipeline is: each figure beside its plain counterpart, measured in the same run.
 
-    python tests/benchmark.py                             # every part
+    python tests/benchmark.py                             # every part: about half an hour
     python tests/benchmark.py features serving            # some; benchmark.json keeps the others
     python tests/benchmark.py serving --bundle cmi_output # models of an earlier run
 
 Prints one markdown table of what benchmark.json holds by then. Times are of this machine: compare
-the ratios. CMI_BENCHMARK_DIR names the folder for what is simulated and trained for it.
+the ratios. CMI_BENCHMARK_DIR names the folder for what is simulated and trained for it. All data
+is simulated. In part `growth` the plain counterpart is what 1/8 of the recordings took, times the
+number of recordings: a ratio of 1 is growth with their number, more is better.
 """
 
 import argparse
 import functools
 import importlib.metadata
+import itertools
 import json
 import multiprocessing
 import os
 import platform
 import re
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -124,23 +128,131 @@ def features(options: Options) -> list[Row]:
 
 
 def training(_: Options) -> list[Row]:
-    """Steps of the Torch network, and making their batches."""
-    rec = cmi.read_train(simulated(4, 51))
+    """Steps of the Torch network, means over the batches of eight, and making these."""
+    rec = cmi.read_train(simulated(12, 102))
     frames = cmi.extract_features(cmi.canonical(rec, np.zeros(len(rec), bool)), table=False)[1]
     cfg, index, rng, rows = cmi.Config(), np.arange(len(rec)), np.random.default_rng(0), []
     spec = cmi.network_spec(frames, rec.labels.table, cfg.torch_width, cfg.torch_tof_images, cfg)
     made = cmi.Batches(frames, spec, *cmi.standardisation(frames, index), rec.labels)
     job = cmi.Job("torch", "all", 0, 0, index[16:], index[:16], *[CACHE / "scratch"] * 3)
     learner = cmi.TorchLearner(job, spec, cfg)
+    learner.begin_epoch(0)
     for size in (16, 64):
-        chosen = rng.choice(len(rec), size, replace=False)
-        making = functools.partial(made.augmented, chosen, rng, cfg)
-        learner.begin_epoch(0)
-        steps = [functools.partial(learner.train_step, making().pieces(n), 1e-4) for n in (size, 1)]
-        step, singly, batch = medians(*steps, making, repeats=10)
+
+        def eight(size: int = size) -> list[cmi.Batch]:
+            return list(itertools.islice(made.epoch(index, len(index) // size, rng, cfg), 8))
+
+        def learn(batches: list[cmi.Batch], at_once: int) -> None:
+            for batch in batches:
+                learner.train_step(batch.pieces(at_once), 1e-4)
+
+        batches = eight()
+        steps = [functools.partial(learn, batches, n) for n in (size, 1)]
+        step, singly, batch = (ms / 8 for ms in medians(*steps, eight, repeats=5))
         what = f"Torch step of {size} recordings"
         rows.append((f"{what}, against one recording at a time", step, singly, "ms"))
         rows.append((f"making the batch of a {what}, against the step", batch, step, "ms"))
+    return rows
+
+
+def at_work(name: str, subjects: int) -> tuple[float, float, float]:
+    """Seconds, processor seconds and peak memory (GB) of one stage on so many subjects."""
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch)
+        cfg = cmi.Config(output_path=out, torch_max_epochs=1, keras_max_epochs=1)
+        rec, _ = cmi.cached_recordings(simulated(subjects, 102), cfg)
+        inputs = cmi.Inputs(cmi.canonical(rec, np.zeros(len(rec), bool)))
+        data = cmi.TrainingData(inputs, rec.labels, cmi.make_folds(rec.subject, cfg), "", "", None)
+        L = len(rec.labels.table)
+        said = np.random.default_rng(0).dirichlet(np.ones(L), (6, len(rec))).astype(np.float32)
+        said[:, np.arange(len(rec)), rec.labels.composite] += 0.1
+        said /= said.sum(axis=2, keepdims=True)
+        if name in cmi.MEMBERS:
+            inputs.extracted  # noqa: B018 of a stage of its own
+            job = data.jobs(name, "all", cfg)[0]
+            job.folder.mkdir(parents=True)
+            cmi.MEMBERS[name].start(cfg)
+            member = cmi.MEMBERS[name]
+            work = functools.partial(
+                member.fit, job, member.prepare(inputs, "all"), rec.labels, cfg
+            )
+        elif name == "features":
+            work = lambda: inputs.extracted  # noqa: E731
+        elif name == "weights":
+            logs, parts = cmi.log_probas(said), tuple(f"{m}/imu" for m in "abcdef")
+            rows = slice(None)
+            work = functools.partial(cmi.find_weights, parts, logs, rec.labels, rows, cfg)
+        else:
+            work = functools.partial(cmi.replay_assignment, said[0], data, cfg, orders=1)
+        began, used = time.perf_counter(), time.process_time()
+        work()
+        secs, used = time.perf_counter() - began, time.process_time() - used
+    return secs, used, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+STAGES = {
+    "features": "features and frames", "lgbm": "LightGBM, one fold of five",
+    "torch": "Torch, one epoch of a fold", "keras": "Keras, one epoch of a fold, compiling included",
+    "weights": "weights of six models", "replay": "one replay of the assignment",
+}  # fmt: skip
+
+
+def growth(options: Options) -> list[Row]:
+    """Each stage at 1/8, 1/4, 1/2 and the whole of the competition's size, mode all; and what a whole
+    run on four cores is expected to take: an estimate from processor times, two modes alike."""
+    rows, used = [], {}
+    whole = max(8, round(options.recordings / 102))
+    for name, what in STAGES.items():
+        first = 0.0
+        for part in (8, 4, 2, 1):
+            subjects = whole // part
+            secs, used[name], peak = alone(at_work, name, subjects)
+            first = first or secs / subjects
+            n = f"{subjects * 102:,} recordings"
+            rows.append((f"{what}: {n}, peak {peak:.1f} GB", secs, first * subjects, "s"))
+    cfg = cmi.Config()
+    epochs = cfg.torch_max_epochs * used["torch"] + cfg.keras_max_epochs * used["keras"]
+    hours = 2 * cfg.n_folds * (used["lgbm"] + epochs) / 3600 / 4
+    rows.append(("a whole run on four cores: an estimate, not measured", hours, None, "h"))
+    return rows
+
+
+def used_by_children() -> float:
+    times = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return times.ru_utime + times.ru_stime
+
+
+def road(_: Options) -> list[Row]:
+    """README's first command and the second, in an empty folder; and 431 recordings with the
+    defaults of a real run: all members, both modes, five folds."""
+    command, rows = [sys.executable, str(runs.SCRIPT)], []
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "demo"
+        env = runs.clean_environment() | {"OUTPUT_PATH": str(out)}
+        stages, secs = [], []
+        for _ in range(2):
+            began = time.perf_counter()
+            subprocess.run(command, cwd=scratch, env=env, check=True, stdout=subprocess.DEVNULL)
+            secs.append(time.perf_counter() - began)
+            lines = (out / "logs" / "stages.jsonl").read_text().splitlines()
+            stages.append({s["name"]: s for s in map(json.loads, lines[sum(map(len, stages)) :])})
+        rows.append(("README's first command, against the second", secs[1], secs[0], "s"))
+        until = [at["serving"]["begin"] for at in stages]
+        rows.append(("until it asks the gateway, against the first command", *until[::-1], "s"))
+        for name, at in stages[0].items():
+            rows.append((f"first command: {name}", at["secs"], None, "s"))
+        data, out = simulated(7, 62), Path(scratch) / "run"
+        env |= {"OUTPUT_PATH": str(out), "CMI_DATA_DIR": str(data), "NO_ROTATION": "0"}
+        before = used_by_children()
+        subprocess.run(command, cwd=scratch, env=env, check=True, stdout=subprocess.DEVNULL)
+        used = used_by_children() - before
+        rows.append(
+            ("434 simulated recordings, 5 folds, both modes: processor time", used, None, "s")
+        )
+        for name in cmi.MEMBERS:
+            own = [json.loads(p.read_text()) for p in out.glob(f"{name}_models/*/fold??.json")]
+            took = sum(note["info"]["secs"] / note["workers"] for note in own)
+            rows.append((f"the same: {name}, {len(own)} models", took, None, "s"))
     return rows
 
 
@@ -179,7 +291,7 @@ def serving(options: Options) -> list[Row]:
 
 
 PARTS: dict[str, Callable[[Options], list[Row]]] = {
-    part.__name__: part for part in (features, training, serving)
+    part.__name__: part for part in (features, training, growth, road, serving)
 }
 
 

@@ -70,6 +70,7 @@ FAULTS = [Fault(*row) for row in (
     ("stale cache", "stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists()]", "stats = [f.name for f in files]", "reading"),
     # ---- batches
     ("first rows kept", "row = last[:, None] - self.rows_from_end(length)", "row = self.frames.start[index][:, None] + self.rows_from_end(length)", "batches"),
+    ("always the same batches", "drawn = np.array_split(rng.permutation(index), n_batches)", "drawn = np.array_split(index, n_batches)", "batches"),
     ("padding not masked", "out[to_come < 0] = 0", "pass", "batches"),
     ("standardised with all rows", "x = frames.x[gather_rows(frames.start, np.arange(len(frames))[index])[0]]", "x = frames.x", "batches"),
     ("mixup without labels", "label = other + share[:, None] * (own - other)", "label = own", "batches"),
@@ -83,7 +84,7 @@ FAULTS = [Fault(*row) for row in (
     ("truncated text accepted", 'if not whole or announced != (str(n_classes), n_trees or -1) or n_trees % n_classes:', "if False:", "lgbm hostile"),
     # ---- networks
     ("one head only", "mean = (special.softmax(gesture, axis=1) + summed) / 2", "mean = summed", "networks"),
-    ("padding enters the statistics", "there = mask[:, 0] > 0", "there = mask[:, 0] >= 0", "networks"),
+    ("padding enters the statistics", "return mask.flatten().nonzero()[:, 0]", "return (mask >= 0).flatten().nonzero()[:, 0]", "networks"),
     ("no warm-up", "top = 0.3 * (last + 1) - 1", "top = -1.0", "networks"),
     ("plateau never halves", "peak / 2**halved", "peak", "networks"),
     ("last weights in place of the best", 'if not self.own["es_patience"] or epoch["val_loss"] < lowest:', "if True:", "networks"),
@@ -92,8 +93,8 @@ FAULTS = [Fault(*row) for row in (
     ("out of memory not met", 'self.done["micro"] = -(-self.done["micro"] // 2)', "raise MemoryError", "networks"),
     ("checkpoint of other settings used", 'return settings, arrays, note, difference(settings, note["settings"])', 'return settings, arrays, note, ""', "networks"),
     ("noise of an epoch by chance", "self.noise = torch.Generator(self.device).manual_seed(seed) if one_device else None", "self.noise = None", "networks"),
-    ("norm fused without its shift", "conv.weight, conv.bias = nn.utils.fuse_conv_bn_weights(conv.weight, None, *learnt)", "conv.weight = nn.utils.fuse_conv_bn_weights(conv.weight, None, *learnt)[0]", "networks"),
-    ("Keras masks nothing", 'h = layers.Multiply(name="masked")([layers.Concatenate(name="recurrent")(both), left])', 'h = layers.Concatenate(name="recurrent")(both)', "networks"),
+    ("way back from the padding", "own = torch.where(step < length, length - 1 - step, step)", "own = mask.shape[1] - 1 - step + 0 * length", "networks"),
+    ("Keras masks nothing", 'h = layers.Multiply(name="masked")([h, left])', "pass", "networks"),
     # ---- members, plan, jobs
     ("trained and scored on the same", "split = np.flatnonzero(self.fold != k), np.flatnonzero(self.fold == k)", "split = np.flatnonzero(self.fold >= 0), np.flatnonzero(self.fold == k)[:0]", "members"),
     ("changed bytes pass", "if not p.is_file() or digest(p.read_bytes()) != was)", "if not p.is_file())", "members"),
