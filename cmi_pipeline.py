@@ -188,7 +188,7 @@ class Config:
     lgbm_lr: float = setting(0.07, "learning rate", LGBM, (1e-6, 10))
     lgbm_leaves: int = setting(20, "leaves of a tree", LGBM, (2, 10**4))
     lgbm_es_rounds: int = setting(50, "rounds without gain until it stops; 0: never", LGBM, SIZE)
-    lgbm_feature_fraction: float = setting(0.2, "features that a tree is shown", LGBM, (0.001, 1))
+    lgbm_feature_fraction: float = setting(0.1, "features that a tree is shown", LGBM, (0.001, 1))
     lgbm_extra_trees: bool = setting(True, "thresholds drawn at random, not searched", LGBM)
     lgbm_top_features: int = setting(0, "K best features of an earlier run; 0: all", LGBM, SIZE)
 

@@ -201,7 +201,7 @@ def growth(options: Options) -> list[Row]:
     """Each stage at 1/8, 1/4, 1/2 and the whole of the competition's size, mode all; and what a whole
     run on four cores is expected to take: an estimate from processor times, two modes alike."""
     rows, used = [], {}
-    whole = max(8, round(options.recordings / 102))
+    whole = max(40, round(options.recordings / 102))
     for name, what in STAGES.items():
         first = 0.0
         for part in (8, 4, 2, 1):
