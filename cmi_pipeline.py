@@ -200,9 +200,9 @@ class Config:
     channel_mask_prob: float = setting(0.1, "share that loses some channels", NETWORKS, (0, 1))
 
     torch_max_epochs: int = setting(30, "epochs at most", TORCH, COUNT)
-    torch_batch_size: int = setting(16, "recordings a step, at most 1/16 of all", TORCH, COUNT)
+    torch_batch_size: int = setting(0, "recordings a step; 0: 1/100 of all, 16 to 64", TORCH, SIZE)
     torch_accum_steps: int = setting(1, "micro-batches a step", TORCH, COUNT)
-    torch_lr: float = setting(1e-3, "peak learning rate", TORCH, (0, 1))
+    torch_lr: float = setting(2e-3, "peak learning rate", TORCH, (0, 1))
     torch_weight_decay: float = setting(1e-2, "weight decay", TORCH, (0, 10))
     torch_dropout: float = setting(0.2, "dropout", TORCH, (0, 0.95))
     torch_label_smoothing: float = setting(0.05, "label smoothing", TORCH, (0, 0.95))
@@ -2119,7 +2119,8 @@ class Training:
         self.job, self.learner, self.batches, self.cfg = job, learner, batches, cfg
         self.labels, frames, n = batches.labels, batches.frames, len(job.train)
         self.own = {k.removeprefix(f"{job.member}_"): v for k, v in dataclasses.asdict(cfg).items()}
-        self.n_batches = -(-n // min(self.own["batch_size"], max(n // 16, 4), n))  # steps an epoch
+        size = self.own["batch_size"] or min(max(n // 100, 16), 64)
+        self.n_batches = -(-n // min(size, max(n // 16, 4), n))  # steps an epoch
         self.size = -(-n // self.n_batches)  # recordings a step
         known = {"frames": digest(frames.start, frames.x, list(frames.names))}
         known["labels"] = digest(self.labels.table, self.labels.composite)

@@ -429,6 +429,21 @@ def test_one_cycle_is_that_of_torch(tmp_path: Path, monkeypatch: Patch) -> None:
         schedule.step()
 
 
+@pytest.mark.parametrize(("n", "size"), [(300, 16), (2400, 24), (7000, 64)])
+def test_steps_grow_with_the_data(n: int, size: int, tmp_path: Path, monkeypatch: Patch) -> None:
+    """A hundredth of the recordings, from 16 to 64, in batches that differ by one at most."""
+    calls = patch_step(monkeypatch, "torch", lambda *_: 1.0)
+    many = np.arange(n + 36) % 36
+    frames, codes = FRAMES.take(many), (LABELS.gesture, LABELS.orientation, LABELS.behavior)
+    phase = np.zeros(len(frames.x), np.uint8)
+    data = frames, cmi.Labels.of(*(code[many] for code in codes), phase)
+    job = job_in(tmp_path, "torch", train=np.arange(n), valid=np.arange(n, n + 36))
+    fit(job, config("torch", max_epochs=1), data)
+    sizes = [sum(pieces) for pieces, _ in calls]
+    assert sum(sizes) == n
+    assert {*sizes} <= {size, size - 1}
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the card that is here may compute")
 def test_a_card_that_does_not_compute_is_left_out(tmp_path: Path, monkeypatch: Patch) -> None:
     """The CPU then gives what it gives without any, TORCH_DATA_PARALLEL=1 or not."""
