@@ -38,7 +38,6 @@ Quaternions are (w, x, y, z), as in the files, and turn the device frame into th
 # %%
 from __future__ import annotations
 
-import argparse
 import atexit
 import base64
 import collections
@@ -2274,9 +2273,8 @@ def predict_folds(folds: Sequence[NetworkFold], frames: Frames) -> F32:
     """Composite probabilities by each network. → (folds, N, L)"""
     if frames.groups != folds[0].spec.groups:
         raise ValueError("The networks were trained on other channels than these. Train again.")
-    made = [Batches(frames, f.spec, f.mean, f.sd) for f in folds]
-    pairs, index = zip(folds, made, strict=True), np.arange(len(frames))
-    return np.stack([predict_network(f.logits, batches, index) for f, batches in pairs])
+    made = ((f.logits, Batches(frames, f.spec, f.mean, f.sd)) for f in folds)
+    return np.stack([predict_network(*fold, np.arange(len(frames))) for fold in made])
 
 
 # %% [markdown]
@@ -2424,9 +2422,7 @@ def torch_classes() -> types.SimpleNamespace:  # noqa: C901 a builder that only 
 
         def __init__(self, spec: NetworkSpec, dropout: float) -> None:
             super().__init__()
-            self.dropout = dropout
-            self.stem = Stem(spec)
-            w = spec.width
+            w, self.dropout, self.stem = spec.width, dropout, Stem(spec)
             widths = (self.stem.width + 1, w, w + w // 2, 2 * w)
             self.blocks = nn.ModuleList(Block(a, b) for a, b in itertools.pairwise(widths))
             self.lstms = nn.ModuleList(nn.LSTM(2 * w, w, batch_first=True) for _ in range(2))
@@ -2863,8 +2859,7 @@ class KerasLearner:
         n, losses, grads = sum(map(len, pieces)), [], []
         for piece in pieces:
             share = tf.constant(len(piece) / n, tf.float32)
-            label = tf.constant(piece.label)
-            loss, grad = self.gradients(keras_inputs(piece, self.spec), label, share)
+            loss, grad = self.gradients(keras_inputs(piece, self.spec), piece.label, share)
             losses.append(float(loss))
             grads.append(grad)
         self.apply([sum(of_one[1:], of_one[0]) for of_one in zip(*grads, strict=True)])
@@ -4484,14 +4479,13 @@ def train_all(cfg: Config) -> Outcome | None:
     return Outcome(data.inputs.rec, data.labels, data.fold, cfg)
 
 
-def read_arguments(words: Sequence[str], env: Mapping[str, str]) -> tuple[dict[str, str], Any]:
-    """The environment with NAME=value arguments in it, and what else is asked for."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("-h", "--help", action="store_true")
-    parser.add_argument("--help-features", action="store_true")
-    asked, others = parser.parse_known_args(list(words))
+HELP = {"-h", "--help", "--help-features"}
+
+
+def read_arguments(words: Sequence[str], env: Mapping[str, str]) -> dict[str, str]:
+    """The environment with NAME=value arguments in it."""
     changed = dict(env)
-    for word in others:
+    for word in (w for w in words if w not in HELP):
         name, is_setting, value = word.partition("=")
         if is_setting and name in KNOWN_NAMES:
             changed[name] = value
@@ -4499,7 +4493,7 @@ def read_arguments(words: Sequence[str], env: Mapping[str, str]) -> tuple[dict[s
         near = nearest_name(name.strip("-").replace("-", "_"), 0.6)
         hint = f" Did you mean {near}=…?" if near else ""
         raise ConfigError(f"{word!r} is no argument.{hint} Write NAME=value; --help lists them.")
-    return changed, asked
+    return changed
 
 
 def run_here(cfg: Config) -> None:
@@ -4540,13 +4534,12 @@ def run_here(cfg: Config) -> None:
 
 def main(env: Mapping[str, str], arguments: Sequence[str] = ()) -> None:
     """The whole road, or what of it the settings ask for."""
-    env, asked = read_arguments(arguments, env)
-    cfg = Config.from_env(env)
-    if asked.help:
+    cfg = Config.from_env(env := read_arguments(arguments, env))
+    if {"-h", "--help"} & {*arguments}:
         print("\n".join([(__doc__ or "").strip(), "", *settings_table(cfg)]))  # noqa: T201
-    if asked.help_features:
+    if "--help-features" in arguments:
         print_feature_help()
-    if asked.help or asked.help_features:
+    if HELP & {*arguments}:
         return
     STAGES.clear()
     for name in sorted(set(env) - set(KNOWN_NAMES)):
@@ -4573,7 +4566,7 @@ def start(env: Mapping[str, str], arguments: Sequence[str]) -> str | None:
         print(end="", flush=True)  # noqa: T201
     except BrokenPipeError:  # whoever read the output has stopped, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return None if {"-h", "--help", "--help-features"} & {*arguments} else stopped
+        return None if HELP & {*arguments} else stopped
     except (ConfigError, DataError) as error:
         return f"cmi_pipeline: {error}".replace("\n", " ")
     except OSError as error:
