@@ -4097,18 +4097,13 @@ def blends_of(models: Collection[str], blends: dict[str, Blend], cfg: Config) ->
 def load_models(cfg: Config) -> Ensemble:
     """Read what is needed to answer; an error if there is no model at all."""
     began, ensemble = time.monotonic(), find_ensemble(cfg)
-    found = find_models(cfg, ensemble.digests if ensemble else {})
+    found, models = find_models(cfg, ensemble.digests if ensemble else {}), {}
     tables = [ensemble.table] if ensemble else [labels for *_, labels in found.values()]
-
-    def load(part: str) -> Any:
-        folder, stems, labels = found[part]
+    for part, (folder, stems, labels) in found.items():
         with leaving_out(part, cfg):
             if not np.array_equal(labels, tables[0]):
                 raise DataError("its labels differ from the ensemble's")
-            return MEMBERS[part.split("/")[0]].load(folder, stems, labels, cfg)
-
-    with ThreadPoolExecutor() as pool:  # side by side: most of it is importing packages
-        models = {p: m for p, m in zip(found, pool.map(load, found), strict=True) if m}
+            models[part] = MEMBERS[part.split("/")[0]].load(folder, stems, labels, cfg)
     if not models:
         seen = f"{', '.join(found)} cannot be used, see above" if found else "there is none"
         advice = "Train first, or point LGBM_, TORCH_ or KERAS_BUNDLE_PATH at a bundle"
