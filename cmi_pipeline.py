@@ -2754,7 +2754,6 @@ def connect_layers(spec: NetworkSpec, dropout: float, policy: str = "float32") -
     # not unrolled: Keras would mask the steps of the way back in the order of the way there
     cell = layers.GRU(w, return_sequences=True, use_cudnn=False, name="gru")
     h = layers.Bidirectional(cell, name="bigru")(h, mask=steps)
-    h = layers.Multiply(name="masked")([h, left])
     scores = layers.Dense(4, name="scores")(layers.Dense(w, "tanh", name="hidden")(h))
     scores = layers.Permute((2, 1), name="by_head")(scores)  # (B, heads, T / 8)
     every_head = layers.RepeatVector(4, name="every_head")(steps)
