@@ -1760,12 +1760,12 @@ class Batches:
         self, index: I64, n_batches: int, rng: np.random.Generator, cfg: Config
     ) -> Iterator[Batch]:
         """Every recording once, shuffled and changed at random, in batches of nearly equal size. Of
-        so many at a time the short ones come together: less padding."""
+        ALIKE batches at a time the short recordings come together: less padding."""
         drawn = np.array_split(rng.permutation(index), n_batches)
-        for i in range(0, n_batches, ALIKE):
-            some = np.concatenate(drawn[i : i + ALIKE])
-            ordered = some[np.argsort(np.diff(self.frames.start)[some], kind="stable")]
-            for part in np.array_split(ordered, len(drawn[i : i + ALIKE])):
+        n_rows = np.diff(self.frames.start)
+        for some in (drawn[i : i + ALIKE] for i in range(0, n_batches, ALIKE)):
+            ordered = sorted(np.concatenate(some), key=n_rows.__getitem__)
+            for part in np.array_split(ordered, len(some)):
                 yield self.augmented(part, rng, cfg)
 
     def augmented(self, index: I64, rng: np.random.Generator, cfg: Config) -> Batch:
@@ -2432,9 +2432,8 @@ def torch_classes() -> types.SimpleNamespace:  # noqa: C901 a builder that only 
         def forward(self, x: Tensor, images: Any, noise: Any = None) -> Any:
             """(B, T, D), (B, T, 5, 8, 8) → (B, …) five times; STRIDE divides T"""
             place, mask = x[..., -2:-1], x[..., -1:]
-            h = torch.cat(
-                [self.stem(x[..., :-2], images, mask), place], 2
-            )  # the gesture comes last
+            # the place as well: the gesture comes last
+            h = torch.cat([self.stem(x[..., :-2], images, mask), place], 2)
             for block in self.blocks:
                 h, mask = block(h, mask)
             with torch.autocast(h.device.type, enabled=False):  # the rest is small: float32

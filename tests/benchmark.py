@@ -11,6 +11,7 @@ number of recordings: a ratio of 1 is growth with their number, more is better.
 """
 
 import argparse
+import dataclasses
 import functools
 import importlib.metadata
 import itertools
@@ -155,39 +156,56 @@ def training(_: Options) -> list[Row]:
     return rows
 
 
+def training_data(subjects: int, cfg: cmi.Config) -> cmi.TrainingData:
+    """Simulated recordings as jobs see them; the same recordings and folds for every SEED."""
+    rec, _ = cmi.cached_recordings(simulated(subjects, 102), cfg)
+    assert rec.labels is not None
+    inputs = cmi.Inputs(cmi.canonical(rec, np.zeros(len(rec), bool)))
+    fold = cmi.make_folds(rec.subject, dataclasses.replace(cfg, seed=42))
+    return cmi.TrainingData(inputs, rec.labels, fold, "", "", None)
+
+
+def cost(work: Callable[..., object], *args: Any) -> tuple[float, float]:
+    """Seconds, and processor seconds of this process."""
+    used = time.process_time()
+    return seconds(work, *args), time.process_time() - used
+
+
+def fit_fold(
+    name: str, mode: str, fold: int, data: cmi.TrainingData, cfg: cmi.Config
+) -> tuple[cmi.Job, Any, tuple[float, float]]:
+    """Train one fold of a member: its job, its input, and what the training alone took."""
+    member, job = cmi.MEMBERS[name], data.jobs(name, mode, cfg)[fold]
+    member.start(cfg)
+    x = member.prepare(data.inputs, mode)
+    job.folder.mkdir(parents=True)
+    return job, x, cost(member.fit, job, x, data.labels, cfg)
+
+
 def at_work(name: str, subjects: int) -> tuple[float, float, float]:
     """Seconds, processor seconds and peak memory (GB) of one stage on so many subjects."""
     with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch)
-        cfg = cmi.Config(output_path=out, torch_max_epochs=1, keras_max_epochs=1)
-        rec, _ = cmi.cached_recordings(simulated(subjects, 102), cfg)
-        inputs = cmi.Inputs(cmi.canonical(rec, np.zeros(len(rec), bool)))
-        data = cmi.TrainingData(inputs, rec.labels, cmi.make_folds(rec.subject, cfg), "", "", None)
-        L = len(rec.labels.table)
-        said = np.random.default_rng(0).dirichlet(np.ones(L), (6, len(rec))).astype(np.float32)
-        said[:, np.arange(len(rec)), rec.labels.composite] += 0.1
-        said /= said.sum(axis=2, keepdims=True)
+        cfg = cmi.Config(output_path=Path(scratch), torch_max_epochs=1, keras_max_epochs=1)
+        data = training_data(subjects, cfg)
         if name in cmi.MEMBERS:
-            inputs.extracted  # noqa: B018 of a stage of its own
-            job = data.jobs(name, "all", cfg)[0]
-            job.folder.mkdir(parents=True)
-            cmi.MEMBERS[name].start(cfg)
-            member = cmi.MEMBERS[name]
-            work = functools.partial(
-                member.fit, job, member.prepare(inputs, "all"), rec.labels, cfg
-            )
+            *_, took = fit_fold(name, "all", 0, data, cfg)
         elif name == "features":
-            work = lambda: inputs.extracted  # noqa: E731
-        elif name == "weights":
-            logs, parts = cmi.log_probas(said), tuple(f"{m}/imu" for m in "abcdef")
-            rows = slice(None)
-            work = functools.partial(cmi.find_weights, parts, logs, rec.labels, rows, cfg)
+            took = cost(getattr, data.inputs, "extracted")
         else:
-            work = functools.partial(cmi.replay_assignment, said[0], data, cfg, orders=1)
-        began, used = time.perf_counter(), time.process_time()
-        work()
-        secs, used = time.perf_counter() - began, time.process_time() - used
-    return secs, used, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            n, n_labels, parts = (
+                len(data.fold),
+                len(data.labels.table),
+                [f"{m}/imu" for m in "abcdef"],
+            )
+            said = np.random.default_rng(0).dirichlet(np.ones(n_labels), (6, n)).astype(np.float32)
+            said[:, np.arange(n), data.labels.composite] += 0.1
+            said /= said.sum(axis=2, keepdims=True)
+            if name == "weights":
+                logs = cmi.log_probas(said)
+                took = cost(cmi.find_weights, parts, logs, data.labels, slice(None), cfg)
+            else:
+                took = cost(cmi.replay_assignment, said[0], data, cfg, 1)
+    return *took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 STAGES = {
@@ -200,19 +218,20 @@ STAGES = {
 def growth(options: Options) -> list[Row]:
     """Each stage at 1/8, 1/4, 1/2 and the whole of the competition's size, mode all; and what a whole
     run on four cores is expected to take: an estimate from processor times, two modes alike."""
-    rows, used = [], {}
+    rows, used = [], dict[tuple[str, int], float]()
     whole = max(40, round(options.recordings / 102))
     for name, what in STAGES.items():
         first = 0.0
         for part in (8, 4, 2, 1):
             subjects = whole // part
-            secs, used[name], peak = alone(at_work, name, subjects)
+            secs, used[name, part], peak = alone(at_work, name, subjects)
             first = first or secs / subjects
             n = f"{subjects * 102:,} recordings"
             rows.append((f"{what}: {n}, peak {peak:.1f} GB", secs, first * subjects, "s"))
-    cfg = cmi.Config()
-    epochs = cfg.torch_max_epochs * used["torch"] + cfg.keras_max_epochs * used["keras"]
-    hours = 2 * cfg.n_folds * (used["lgbm"] + epochs) / 3600 / 4
+    cfg, total = cmi.Config(), used["lgbm", 1]
+    for name, n_epochs in (("torch", cfg.torch_max_epochs), ("keras", cfg.keras_max_epochs)):
+        total += n_epochs * 2 * (used[name, 1] - used[name, 2])  # compiling, done once, falls out
+    hours = 2 * cfg.n_folds * total / 3600 / 4
     rows.append(("a whole run on four cores: an estimate, not measured", hours, None, "h"))
     return rows
 
@@ -223,24 +242,24 @@ def used_by_children() -> float:
 
 
 def road(_: Options) -> list[Row]:
-    """README's first command and the second, in an empty folder; and 431 recordings with the
+    """README's first command and the second, in an empty folder; and 434 recordings with the
     defaults of a real run: all members, both modes, five folds."""
     command, rows = [sys.executable, str(runs.SCRIPT)], []
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "demo"
         env = runs.clean_environment() | {"OUTPUT_PATH": str(out)}
-        stages, secs = [], []
+        stages, secs, n_told = [], [], 0
         for _ in range(2):
             began = time.perf_counter()
             subprocess.run(command, cwd=scratch, env=env, check=True, stdout=subprocess.DEVNULL)
             secs.append(time.perf_counter() - began)
             lines = (out / "logs" / "stages.jsonl").read_text().splitlines()
-            stages.append({s["name"]: s for s in map(json.loads, lines[sum(map(len, stages)) :])})
+            stages.append([*map(json.loads, lines[n_told:])])
+            n_told = len(lines)
         rows.append(("README's first command, against the second", secs[1], secs[0], "s"))
-        until = [at["serving"]["begin"] for at in stages]
+        until = [next(s["begin"] for s in own if s["name"] == "serving") for own in stages]
         rows.append(("until it asks the gateway, against the first command", *until[::-1], "s"))
-        for name, at in stages[0].items():
-            rows.append((f"first command: {name}", at["secs"], None, "s"))
+        rows += [(f"first command: {s['name']}", s["secs"], None, "s") for s in stages[0]]
         data, out = simulated(7, 62), Path(scratch) / "run"
         env |= {"OUTPUT_PATH": str(out), "CMI_DATA_DIR": str(data), "NO_ROTATION": "0"}
         before = used_by_children()

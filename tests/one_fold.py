@@ -8,44 +8,17 @@ NAME=value are the pipeline's settings; recordings and folds are the same for ev
 """
 
 import argparse
-import dataclasses
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import benchmark
+from benchmark import fit_fold, training_data
+from compare_runs import mean_score
 
 import cmi_pipeline as cmi
-
-
-def train(options: argparse.Namespace) -> tuple[cmi.F32, cmi.I64, cmi.Str, str]:
-    """Gesture probabilities of the fold's own recordings, truth, subjects, and what it took."""
-    member = cmi.MEMBERS[options.member]
-    with tempfile.TemporaryDirectory() as scratch:
-        env = {"OUTPUT_PATH": scratch, **dict(word.split("=", 1) for word in options.settings)}
-        cfg = cmi.Config.from_env(env)
-        rec, _ = cmi.cached_recordings(benchmark.simulated(options.subjects, 102), cfg)
-        assert rec.labels is not None
-        fold = cmi.make_folds(rec.subject, dataclasses.replace(cfg, seed=42))
-        inputs = cmi.Inputs(cmi.canonical(rec, np.zeros(len(rec), bool)))
-        data = cmi.TrainingData(inputs, rec.labels, fold, "", "", None)
-        job = next(
-            j for j in data.jobs(options.member, options.mode, cfg) if j.fold == options.fold
-        )
-        job.folder.mkdir(parents=True)
-        x = member.prepare(inputs, options.mode)
-        began, used = time.perf_counter(), time.process_time()
-        member.fit(job, x, rec.labels, cfg)
-        secs, used = time.perf_counter() - began, time.process_time() - used
-        models = member.load(job.folder, [job.stem], rec.labels.table, cfg)
-        composite = member.predict(models, x.take(job.valid))[0]
-    took = f"{len(job.train):,} recordings, {secs:.0f} s, processor {used:.0f} s"
-    proba = cmi.gesture_proba(composite, rec.labels.table)
-    return proba, rec.labels.gesture[job.valid], rec.subject[job.valid], took
 
 
 def main() -> None:
@@ -55,16 +28,24 @@ def main() -> None:
     parser.add_argument("settings", nargs="*", metavar="NAME=value")
     parser.add_argument("--subjects", type=int, default=81)
     parser.add_argument("--fold", type=int, default=0)
-    proba, truth, subject, took = train(parser.parse_args())
-    said = proba.argmax(axis=1)
-    names, who = np.unique(subject, return_inverse=True)
+    options = parser.parse_args()
+    member = cmi.MEMBERS[options.member]
+    with tempfile.TemporaryDirectory() as scratch:
+        env = {"OUTPUT_PATH": scratch, **dict(word.split("=", 1) for word in options.settings)}
+        data = training_data(options.subjects, cfg := cmi.Config.from_env(env))
+        where = options.member, options.mode, options.fold
+        job, x, (secs, used) = fit_fold(*where, data, cfg)
+        models = member.load(job.folder, [job.stem], data.labels.table, cfg)
+        composite = member.predict(models, x.take(job.valid))[0]
+    proba, truth = cmi.gesture_proba(composite, data.labels.table), data.labels.gesture[job.valid]
+    names, who = np.unique(data.inputs.rec.subject[job.valid], return_inverse=True)
     n = len(names)
-    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), 1000)
-    counts = cmi.count_classes(truth, said, who, n)  # (subjects, 9, 9)
-    scores = cmi.f1_of_counts(np.einsum("ds,sij->dij", draws, counts)).mean(axis=0)
-    low, high = np.percentile(scores, (2.5, 97.5))
+    draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), cmi.DRAWS)
+    counts = cmi.count_classes(truth, proba.argmax(axis=1), who, n)  # (subjects, 9, 9)
+    found = cmi.with_interval(mean_score(counts[None], np.vstack([np.ones(n, int), draws])))
+    took = f"{len(job.train):,} recordings, {secs:.0f} s, processor {used:.0f} s"
     print(f"{' '.join(sys.argv[1:])}: {took}; scored on {len(truth):,} of {n} others")
-    print(f"score {cmi.score(truth, said):.4f} [{low:.3f}, {high:.3f}]", end="  ")
+    print(f"score {found['score']:.4f} [{found['low']:.3f}, {found['high']:.3f}]", end="  ")
     print(f"log loss {cmi.log_loss(proba, truth):.3f}")
 
 
