@@ -1,5 +1,6 @@
 """Runs of the pipeline on small simulated data: in a process or in this one; what they leave."""
 
+import contextlib
 import json
 import os
 import re
@@ -173,11 +174,10 @@ class Running:
     def files(self) -> dict[Path, int]:
         """When each file was written."""
         found = {}
-        for path in self.out.rglob("*"):
-            try:
-                found[path.relative_to(self.out)] = path.stat().st_mtime_ns
-            except OSError:  # gone meanwhile
-                continue
+        for folder, folders, names in os.walk(self.out):  # it passes over folders that are gone
+            for path in (Path(folder, name) for name in (*folders, *names)):
+                with contextlib.suppress(OSError):  # gone meanwhile
+                    found[path.relative_to(self.out)] = path.stat().st_mtime_ns
         return found
 
     @property
