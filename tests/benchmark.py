@@ -5,9 +5,9 @@
     python tests/benchmark.py serving --bundle cmi_output # models of an earlier run
 
 Prints one markdown table of what benchmark.json holds by then. Times are of this machine: compare
-the ratios. CMI_BENCHMARK_DIR names the folder for what is simulated and trained for it. All data
-is simulated. In part `growth` the plain counterpart is what 1/8 of the recordings took, times the
-number of recordings: a ratio of 1 is growth with their number, more is better.
+the ratios. CMI_BENCHMARK_DIR names the folder for what is simulated and trained for it. In part
+`growth` the plain counterpart is what 1/8 of the recordings took, times the number of recordings: a
+ratio of 1 is growth with their number, more is better.
 """
 
 import argparse
@@ -42,10 +42,9 @@ import cmi_simulator
 CACHE = Path(os.environ.get("CMI_BENCHMARK_DIR", "/tmp/cmi_benchmark")).absolute()
 RESULTS = Path("benchmark.json")  # in the current folder
 PACKAGES = ("numpy", "polars", "lightgbm", "torch", "keras", "tensorflow")
-FOLDS = 5
 SAMPLE = 40  # recordings of the slow loop
 SHORT = {
-    "N_FOLDS": str(FOLDS), "SIM_SUBJECTS": "10", "SIM_TEST_SUBJECTS": "2", "SIM_RECORDINGS": "40",
+    "N_FOLDS": "5", "SIM_SUBJECTS": "10", "SIM_TEST_SUBJECTS": "2", "SIM_RECORDINGS": "40",
     "LGBM_ROUNDS": "100", "TORCH_MAX_EPOCHS": "1", "KERAS_MAX_EPOCHS": "1",
 }  # fmt: skip
 Row = tuple[str, float, float | None, str]  # what, ours, plain, unit
@@ -59,6 +58,7 @@ def alone(work: Callable[..., Any], *args: Any) -> Any:
 
 
 def seconds(work: Callable[..., object], *args: Any) -> float:
+    """How long it takes."""
     began = time.perf_counter()
     work(*args)
     return time.perf_counter() - began
@@ -68,6 +68,11 @@ def medians(*calls: Callable[[], object], repeats: int = 30) -> list[float]:
     """Milliseconds of each; they take turns, so that all meet the same machine."""
     turns = [[1e3 * seconds(call) for call in calls] for _ in range(repeats + 1)]
     return np.median(turns[1:], axis=0).tolist()
+
+
+def peak_memory() -> float:
+    """Of this process so far, in GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def simulated(subjects: int, recordings: int) -> Path:
@@ -89,7 +94,7 @@ def one_pass(folder: Path, cfg: cmi.Config) -> dict[str, float]:
     ours = cmi.canonical(rec, np.zeros(len(rec), bool))
     both = [(part, part.of_mode("imu")) for part in cmi.extract_features(ours)]
     found = {"secs": time.perf_counter() - began, "n": len(rec), "features": len(both[0][0].names)}
-    found["peak"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    found["peak"] = peak_memory()
     return found | {"one": medians(lambda: cmi.extract_features(ours.part(7, 8)))[0]}
 
 
@@ -138,18 +143,18 @@ def training(_: Options) -> list[Row]:
     job = cmi.Job("torch", "all", 0, 0, index[16:], index[:16], *[CACHE / "scratch"] * 3)
     learner = cmi.TorchLearner(job, spec, cfg)
     learner.begin_epoch(0)
+
+    def eight(size: int) -> list[cmi.Batch]:
+        return list(itertools.islice(made.epoch(index, len(index) // size, rng, cfg), 8))
+
+    def learn(batches: list[cmi.Batch], at_once: int) -> None:
+        for batch in batches:
+            learner.train_step(batch.pieces(at_once), 1e-4)
+
     for size in (16, 64):
-
-        def eight(size: int = size) -> list[cmi.Batch]:
-            return list(itertools.islice(made.epoch(index, len(index) // size, rng, cfg), 8))
-
-        def learn(batches: list[cmi.Batch], at_once: int) -> None:
-            for batch in batches:
-                learner.train_step(batch.pieces(at_once), 1e-4)
-
-        batches = eight()
-        steps = [functools.partial(learn, batches, n) for n in (size, 1)]
-        step, singly, batch = (ms / 8 for ms in medians(*steps, eight, repeats=5))
+        calls = [functools.partial(learn, eight(size), n) for n in (size, 1)]
+        calls.append(functools.partial(eight, size))
+        step, singly, batch = (ms / 8 for ms in medians(*calls, repeats=5))
         what = f"Torch step of {size} recordings"
         rows.append((f"{what}, against one recording at a time", step, singly, "ms"))
         rows.append((f"making the batch of a {what}, against the step", batch, step, "ms"))
@@ -192,20 +197,16 @@ def at_work(name: str, subjects: int) -> tuple[float, float, float]:
         elif name == "features":
             took = cost(getattr, data.inputs, "extracted")
         else:
-            n, n_labels, parts = (
-                len(data.fold),
-                len(data.labels.table),
-                [f"{m}/imu" for m in "abcdef"],
-            )
-            said = np.random.default_rng(0).dirichlet(np.ones(n_labels), (6, n)).astype(np.float32)
+            n, ones = len(data.fold), np.ones(len(data.labels.table))
+            said = np.random.default_rng(0).dirichlet(ones, (6, n)).astype(np.float32)
             said[:, np.arange(n), data.labels.composite] += 0.1
             said /= said.sum(axis=2, keepdims=True)
             if name == "weights":
-                logs = cmi.log_probas(said)
-                took = cost(cmi.find_weights, parts, logs, data.labels, slice(None), cfg)
+                what = [f"{m}/imu" for m in "abcdef"], cmi.log_probas(said), data.labels
+                took = cost(cmi.find_weights, *what, slice(None), cfg)
             else:
                 took = cost(cmi.replay_assignment, said[0], data, cfg, 1)
-    return *took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return *took, peak_memory()
 
 
 STAGES = {
@@ -236,38 +237,33 @@ def growth(options: Options) -> list[Row]:
     return rows
 
 
-def used_by_children() -> float:
-    times = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return times.ru_utime + times.ru_stime
+def run_script(out: Path, **settings: str) -> tuple[float, float]:
+    """Seconds and processor seconds of README's first command, from an empty folder."""
+    env = runs.clean_environment() | {"OUTPUT_PATH": str(out), **settings}
+    how: Any = {"cwd": out.parent, "env": env, "check": True, "stdout": subprocess.DEVNULL}
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    secs = seconds(functools.partial(subprocess.run, **how), [sys.executable, str(runs.SCRIPT)])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return secs, sum(after[:2]) - sum(before[:2])
 
 
 def road(_: Options) -> list[Row]:
     """README's first command and the second, in an empty folder; and 434 recordings with the
     defaults of a real run: all members, both modes, five folds."""
-    command, rows = [sys.executable, str(runs.SCRIPT)], []
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
-        out = Path(scratch) / "demo"
-        env = runs.clean_environment() | {"OUTPUT_PATH": str(out)}
-        stages, secs, n_told = [], [], 0
-        for _ in range(2):
-            began = time.perf_counter()
-            subprocess.run(command, cwd=scratch, env=env, check=True, stdout=subprocess.DEVNULL)
-            secs.append(time.perf_counter() - began)
-            lines = (out / "logs" / "stages.jsonl").read_text().splitlines()
-            stages.append([*map(json.loads, lines[n_told:])])
-            n_told = len(lines)
-        rows.append(("README's first command, against the second", secs[1], secs[0], "s"))
-        until = [next(s["begin"] for s in own if s["name"] == "serving") for own in stages]
-        rows.append(("until it asks the gateway, against the first command", *until[::-1], "s"))
-        rows += [(f"first command: {s['name']}", s["secs"], None, "s") for s in stages[0]]
+        out, stages = Path(scratch) / "demo", Path(scratch) / "demo" / "logs" / "stages.jsonl"
+        first, _ = run_script(out)
+        of_first = [*map(json.loads, stages.open())]
+        second, _ = run_script(out)
+        rows.append(("README's first command, against the second", second, first, "s"))
+        begins = [s["begin"] for s in map(json.loads, stages.open()) if s["name"] == "serving"]
+        rows.append(("until it asks the gateway, against the first", *begins[::-1], "s"))
+        rows += [(f"first command: {s['name']}", s["secs"], None, "s") for s in of_first]
         data, out = simulated(7, 62), Path(scratch) / "run"
-        env |= {"OUTPUT_PATH": str(out), "CMI_DATA_DIR": str(data), "NO_ROTATION": "0"}
-        before = used_by_children()
-        subprocess.run(command, cwd=scratch, env=env, check=True, stdout=subprocess.DEVNULL)
-        used = used_by_children() - before
-        rows.append(
-            ("434 simulated recordings, 5 folds, both modes: processor time", used, None, "s")
-        )
+        _, used = run_script(out, CMI_DATA_DIR=str(data), NO_ROTATION="0")
+        what = "434 simulated recordings, 5 folds, both modes: processor time"
+        rows.append((what, used, None, "s"))
         for name in cmi.MEMBERS:
             own = [json.loads(p.read_text()) for p in out.glob(f"{name}_models/*/fold??.json")]
             took = sum(note["info"]["secs"] / note["workers"] for note in own)
@@ -327,9 +323,7 @@ def print_table(entries: dict[str, Any]) -> None:
 
 def main() -> None:
     """Run the parts that are asked for; keep each one's figures as soon as it has them."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[])
     parser.add_argument("--bundle", type=lambda text: Path(text).absolute())
     parser.add_argument("--recordings", type=int, default=8151)

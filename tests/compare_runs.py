@@ -6,8 +6,6 @@ A RUN is an output folder (folds.csv, oof/). Runs of one side are seeds: their m
 is a bootstrap over subjects of the difference, within each draw the same subjects on both sides.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path
@@ -40,11 +38,8 @@ def main() -> None:
     parser.add_argument("--before", type=Path, nargs="+", required=True)
     parser.add_argument("--after", type=Path, nargs="+", required=True)
     options = parser.parse_args()
-    sides = options.before, options.after
-    truth, folds = (
-        np.load(sides[1][0] / "oof" / "y_true.npy"),
-        pl.read_csv(sides[1][0] / "folds.csv"),
-    )
+    sides, first = (options.before, options.after), options.after[0]
+    truth, folds = np.load(first / "oof" / "y_true.npy"), pl.read_csv(first / "folds.csv")
     for run in (*options.before, *options.after):
         same = np.array_equal(np.load(run / "oof" / "y_true.npy"), truth)
         if not (same and pl.read_csv(run / "folds.csv").equals(folds)):
@@ -56,9 +51,8 @@ def main() -> None:
     print("| out of fold | before | after | difference | 95 % interval |")
     print("|---|---|---|---|---|")
     for name in NAMES:
-        before, after = (
-            mean_score(subject_counts(runs, name, truth, subject), draws) for runs in sides
-        )
+        counts = (subject_counts(side, name, truth, subject) for side in sides)
+        before, after = (mean_score(own, draws) for own in counts)
         low, high = np.percentile((after - before)[1:], (2.5, 97.5))
         label = name.replace("_", " ") + (" (nested)" if name.startswith("blend") else "")
         change = f"{after[0] - before[0]:+.4f} | {low:+.3f} … {high:+.3f}"

@@ -10,8 +10,6 @@ place, and the files of tests that should notice: "score" is tests/test_score.py
 without a fault. One that survives is a hole: exit status 1.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import random
@@ -145,44 +143,26 @@ FAULTS = [Fault(*row) for row in (
     ("found wearers stay unturned in the model", 'fit_wearer(np.where(upside_down[:, None], -odd, odd)) | {"prior": prior}', 'fit_wearer(odd) | {"prior": -prior}', "wearer"),
     ("few wearers are judged", "or len(names) < 8 or", "or", "wearer"),
     # ---- features
-    ("gesture a row too long", "np.maximum(start[:-1], start[1:] - GESTURE_ROWS)",
-     "np.maximum(start[:-1], start[1:] - GESTURE_ROWS - 1)", "features::test_statistics_of_a_ramp"),
-    ("sample instead of population variance", "self.sum(self.centred**2) / above_zero(self.count)",
-     "self.sum(self.centred**2) / above_zero(self.count - 1)", "features::test_statistics_of_a_ramp"),
-    ("noise is variance", "np.where(variance <= 1e-14 * self.mean * self.mean, 0.0, variance)", "variance",
-     "features::test_a_constant_recording_has_no_shape"),
-    ("steps across the border", "self.step[:, rec.start] = np.nan", "self.step[:, 0] = np.nan",
-     "features::test_alone_is_the_same_as_together"),
-    ("flow across the border", "flow[:, start[:-1]] = np.nan", "pass", "features::test_alone_is_the_same_as_together"),
-    ("flow behind a missing image", "flow[:, 1:][gone[:, :-1]] = np.nan", "pass", "features::test_the_slow_reference_agrees"),
-    ("gesture of a short recording takes the one before",
-     "own = (row >= self.first[:, None]) & (row < self.last[:, None])", "own = (row >= 0) & (row < self.last[:, None])",
-     "features::test_alone_is_the_same_as_together"),
-    ("opening of a short recording takes the one behind",
-     "own = (row >= self.first[:, None]) & (row < self.last[:, None])", "own = row >= self.first[:, None]",
-     "features::test_alone_is_the_same_as_together"),
-    ("an empty part takes the row behind", "np.moveaxis(np.where(end > begin, total, 0.0), 2, 0)", "np.moveaxis(total, 2, 0)",
-     "features::test_the_slow_reference_agrees"),
-    ("frames in the order of the lengths", "channels[rows] = row_channels(chunk)",
-     "channels[np.sort(rows)] = row_channels(chunk)", "features::test_alone_is_the_same_as_together"),
-    ("highest frequency twice", "power[..., 1:-1] *= 2", "power[..., 1:] *= 2", "features::test_the_slow_reference_agrees"),
-    ("left for right in images", "(ne + se - nw - sw) / valid", "(nw + sw - ne - se) / valid",
-     "features::test_a_hand_in_a_corner_is_seen_there"),
-    ("a missing pixel counts", 'above_zero(64.0 - np.einsum("ij->i", (image == MISSING).view(np.uint8)))', "np.full(len(image), 64.0)",
-     "features::test_the_slow_reference_agrees"),
-    ("coolest for warmest", "np.where(known, x, -np.inf).argmax(axis=0)", "np.where(known, -x, -np.inf).argmax(axis=0)",
-     "features::test_the_warmest_sensor_is_named"),
-    ("thermopiles in IMU mode", 'kept = np.flatnonzero(~(self.needs("thm") | self.needs("tof")))', 'kept = np.flatnonzero(~self.needs("tof"))',
-     "features::test_imu_mode_has_no_trace_of_tof_and_thm"),
-    ("a modality stays when the other goes", '| drop_tof[:, None] & self.needs("tof")', '| drop_tof[:, None] & self.needs("thm")', "features::test_a_dropped_modality_is_as_if_it_had_never_been_there"),
-    ("a lost sensor's share of rows is unknown", '0.0 if name.endswith("_present") else np.nan', "np.nan",
-     "features::test_a_dropped_modality_is_as_if_it_had_never_been_there"),
-    ("thermopiles in IMU frames", 'if not g[0].startswith(("thm", "tof"))', 'if not g[0].startswith("tof")',
-     "features::test_imu_mode_has_no_trace_of_tof_and_thm"),
-    ("missing sensors see nothing", "np.where(np.isnan(x) & there, nothing, x)", "np.where(np.isnan(x), nothing, x)",
-     "features::test_the_slow_reference_agrees"),
-    ("guessed vertical in frames", 'signals[name] + 0 * signals["swing"]', "signals[name]",
-     "features::test_the_slow_reference_agrees"),
+    ("gesture a row too long", "np.maximum(start[:-1], start[1:] - GESTURE_ROWS)", "np.maximum(start[:-1], start[1:] - GESTURE_ROWS - 1)", "features"),
+    ("sample instead of population variance", "self.sum(self.centred**2) / above_zero(self.count)", "self.sum(self.centred**2) / above_zero(self.count - 1)", "features"),
+    ("noise is variance", "np.where(variance <= 1e-14 * self.mean * self.mean, 0.0, variance)", "variance", "features"),
+    ("steps across the border", "self.step[:, rec.start] = np.nan", "self.step[:, 0] = np.nan", "features"),
+    ("flow across the border", "flow[:, start[:-1]] = np.nan", "pass", "features"),
+    ("flow behind a missing image", "flow[:, 1:][gone[:, :-1]] = np.nan", "pass", "features"),
+    ("gesture of a short recording takes the one before", "own = (row >= self.first[:, None]) & (row < self.last[:, None])", "own = (row >= 0) & (row < self.last[:, None])", "features"),
+    ("opening of a short recording takes the one behind", "own = (row >= self.first[:, None]) & (row < self.last[:, None])", "own = row >= self.first[:, None]", "features"),
+    ("an empty part takes the row behind", "np.moveaxis(np.where(end > begin, total, 0.0), 2, 0)", "np.moveaxis(total, 2, 0)", "features"),
+    ("frames in the order of the lengths", "channels[rows] = row_channels(chunk)", "channels[np.sort(rows)] = row_channels(chunk)", "features"),
+    ("highest frequency twice", "power[..., 1:-1] *= 2", "power[..., 1:] *= 2", "features"),
+    ("left for right in images", "(ne + se - nw - sw) / valid", "(nw + sw - ne - se) / valid", "features"),
+    ("a missing pixel counts", 'above_zero(64.0 - np.einsum("ij->i", (image == MISSING).view(np.uint8)))', "np.full(len(image), 64.0)", "features"),
+    ("coolest for warmest", "np.where(known, x, -np.inf).argmax(axis=0)", "np.where(known, -x, -np.inf).argmax(axis=0)", "features"),
+    ("thermopiles in IMU mode", 'kept = np.flatnonzero(~(self.needs("thm") | self.needs("tof")))', 'kept = np.flatnonzero(~self.needs("tof"))', "features"),
+    ("a modality stays when the other goes", '| drop_tof[:, None] & self.needs("tof")', '| drop_tof[:, None] & self.needs("thm")', "features"),
+    ("a lost sensor's share of rows is unknown", '0.0 if name.endswith("_present") else np.nan', "np.nan", "features"),
+    ("thermopiles in IMU frames", 'if not g[0].startswith(("thm", "tof"))', 'if not g[0].startswith("tof")', "features"),
+    ("missing sensors see nothing", "np.where(np.isnan(x) & there, nothing, x)", "np.where(np.isnan(x), nothing, x)", "features"),
+    ("guessed vertical in frames", 'signals[name] + 0 * signals["swing"]', "signals[name]", "features"),
 )]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -29,6 +30,14 @@ ALIKE = {"SUBJECT_ASSIGNMENT": "0"}  # answers do not depend on the order of the
 PLAIN = {**QUICK, **ALIKE, "CMI_BACKEND": "threading"}
 Question = tuple[pl.DataFrame, pl.DataFrame]
 Road, Printed, Patch = tuple[Path, str], pytest.CaptureFixture[str], pytest.MonkeyPatch
+
+
+def free_ports(n: int) -> list[int]:
+    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
+    ports = [probe.getsockname()[1] for probe in probes]
+    for probe in probes:
+        probe.close()
+    return ports
 
 
 def clean_environment() -> dict[str, str]:
@@ -147,14 +156,11 @@ def same_outcome(one: Path, other: Path, *members: str) -> None:
         assert a["modes"][mode]["weights"] == pytest.approx(b["modes"][mode]["weights"], abs=1e-4)
     for name in ("labels", "capacity", "wearer"):
         assert a[name] == b[name], name
-    tables = [json.loads((f / "oof" / "scores.json").read_text())["rows"] for f in (one, other)]
-    a, b = ([row["score"] for row in table] for table in tables)
+    tables = (json.loads((f / "oof" / "scores.json").read_text()) for f in (one, other))
+    a, b = ([row["score"] for row in table["rows"]] for table in tables)
     assert a == pytest.approx(b, abs=1e-6)
-    answers = [
-        pl.read_parquet((f / "submission.parquet").read_bytes()).sort("sequence_id")
-        for f in (one, other)
-    ]
-    assert answers[0].equals(answers[1])
+    a, b = (pl.read_parquet((f / "submission.parquet").read_bytes()) for f in (one, other))
+    assert a.sort("sequence_id").equals(b.sort("sequence_id"))
 
 
 class Running:

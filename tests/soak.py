@@ -9,11 +9,8 @@ damaged. The exit status is 0 if every answer was one of the 18 gestures and, af
 resident memory grew by less than 100 MB and threads and descriptors did not become more.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -25,8 +22,7 @@ import numpy as np
 import polars as pl
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from runs import SCRIPT, Question, environment, good, questions, run
+from runs import SCRIPT, Question, environment, free_ports, good, questions, run
 
 import cmi_pipeline as cmi
 import cmi_simulator
@@ -71,8 +67,7 @@ def asked(folder: Path, count: int, rng: np.random.Generator) -> Iterator[Questi
 
 def soak(bundle: Path, count: int, folder: Path) -> bool:
     """Ask `count` questions; print the figures; was all well?"""
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     rerun = {"KAGGLE_IS_COMPETITION_RERUN": "1", "KAGGLE_EVALUATION_PORT": str(port)}
     with (folder / "server.log").open("wb") as file:
         server = subprocess.Popen([sys.executable, str(SCRIPT)], cwd=folder, stdout=file,
