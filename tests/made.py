@@ -1,10 +1,25 @@
-"""Recordings made of random walks, for tests: no pattern, every sensor, any lengths; and frames."""
+"""Recordings made of random walks, for tests: no pattern, every sensor, any lengths; and frames.
+And the competition's names, as its pages give them."""
 
 import dataclasses
 
 import numpy as np
 
 import cmi_pipeline as cmi
+
+GESTURES = """Above ear - pull hair | Cheek - pinch skin | Eyebrow - pull hair | Eyelash - pull hair |
+Forehead - pull hairline | Forehead - scratch | Neck - pinch skin | Neck - scratch |
+Drink from bottle/cup | Feel around in tray and pull out an object | Glasses on/off |
+Pinch knee/leg skin | Pull air toward your face | Scratch knee/leg skin | Text on phone |
+Wave hello | Write name in air | Write name on leg"""
+GESTURES = [name.strip() for name in GESTURES.split("|")]
+TARGETS, OTHERS = GESTURES[:8], GESTURES[8:]
+ACC, ROT = [f"acc_{axis}" for axis in "xyz"], [f"rot_{axis}" for axis in "wxyz"]
+THM = [f"thm_{i}" for i in range(1, 6)]
+TOF = [f"tof_{i}_v{j}" for i in range(1, 6) for j in range(64)]
+SENSORS = [*ACC, *ROT, *THM, *TOF]
+PERSON = ["adult_child", "age", "sex", "handedness", "height_cm", "shoulder_to_wrist_cm"]
+PERSON += ["elbow_to_wrist_cm"]
 
 
 def random_rotations(rng, n):

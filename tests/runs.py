@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -66,13 +67,22 @@ class Details:
         return self.all()[self.before :].decode()
 
 
+def call(*words: object, **how: Any) -> subprocess.CompletedProcess[str]:
+    """A command in a process of its own; `python` is this one."""
+    command = [sys.executable if word == "python" else str(word) for word in words]
+    return subprocess.run(command, text=True, capture_output=True, timeout=1800, **how)
+
+
+def dry_run(data: Path, *words: object, **how: Any) -> subprocess.CompletedProcess[str]:
+    """Of the hidden re-run, as the gateway's own command does it."""
+    command = "python", "-m", "kaggle_evaluation.dry_run", "--test-dir", data
+    return call(*command, *words, cwd=ROOT, **how)
+
+
 def run(out: Path, **settings: str) -> subprocess.CompletedProcess[str]:
     """In a process, without a report; its output is the screen's, a form feed, and the log's."""
     details = Details(out)
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT)], cwd=out.parent, env=environment(out, **settings),
-        text=True, capture_output=True, timeout=900,
-    )  # fmt: skip
+    done = call("python", SCRIPT, cwd=out.parent, env=environment(out, **settings))
     done.stdout += f"\f{details}"
     return done
 

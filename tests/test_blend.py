@@ -233,10 +233,10 @@ SURE_OF_ONE = ({0: 0.9, 1: 0.09}, {-1: 0.5, 0: 0.45})  # who has done A did B no
 SURELY_WRONG = ({0: 0.6, 1: 0.39}, {-1: 0.6, 2: 0.3})  # B is taken for A, and pushes A aside
 
 
-@pytest.mark.parametrize(
-    ("times", "pair", "gains"),
-    [(1, SURE_OF_ONE, True), (4, SURE_OF_ONE, True), (1, SURELY_WRONG, False)],
-)
+GAINS = (1, SURE_OF_ONE, True), (4, SURE_OF_ONE, True), (1, SURELY_WRONG, False)
+
+
+@pytest.mark.parametrize(("times", "pair", "gains"), GAINS)
 def test_capacities_come_from_the_data_and_auto_serves_what_gains(
     tmp_path: Path, capsys: Printed, times: int, pair: tuple[dict[int, float], ...], gains: bool
 ) -> None:

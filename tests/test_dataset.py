@@ -4,22 +4,15 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from runs import ROOT, copied, good
+from runs import ROOT, Patch, Road, call, copied, good
 
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
 import cmi_pipeline as cmi
 import make_kaggle_dataset as maker
 
-Patch = pytest.MonkeyPatch
-Printed = pytest.CaptureFixture[str]
-Road = tuple[Path, str]
 SLUG = "some-one/cmi-bundles"
 
 
@@ -38,9 +31,8 @@ def refusal(out: Path, target: Path, *words: str) -> str:
 def dataset(road: Road, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models of all members, packed by the command in a process of its own."""
     target = tmp_path_factory.mktemp("dataset") / "bundles [1]"
-    script = str(ROOT / "make_kaggle_dataset.py")
-    command = [sys.executable, script, str(road[0]), str(target), "--slug", SLUG]
-    done = subprocess.run(command, cwd=target.parent, text=True, capture_output=True, timeout=1800)
+    words = road[0], target, "--slug", SLUG
+    done = call("python", ROOT / "make_kaggle_dataset.py", *words, cwd=target.parent)
     (upload,) = re.findall(r"kaggle datasets create (.*)", good(done))
     assert shlex.split(upload) == ["-p", str(target), "--dir-mode", "zip", "--keep-tabular"]
     (submit,) = re.findall(r"kaggle competitions submit (.*)", done.stdout)
@@ -94,11 +86,10 @@ DAMAGES: tuple[tuple[str, Callable[[str], str] | None, str], ...] = (
 def test_a_damaged_or_incomplete_run_is_refused(copy: Path, tmp_path: Path) -> None:
     for name, change, message in DAMAGES:
         whole = (copy / name).read_text()
+        (copy / name).unlink()
         if change:
             assert change(whole) != whole
             (copy / name).write_text(change(whole))
-        else:
-            (copy / name).unlink()
         assert re.search(message, refusal(copy, tmp_path / "bundles")), name
         (copy / name).write_text(whole)
     assert "nowhere does not exist" in refusal(tmp_path / "nowhere", tmp_path / "bundles")

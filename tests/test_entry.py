@@ -4,10 +4,8 @@ import dataclasses
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import runs
@@ -50,10 +48,9 @@ def test_the_file_runs_under_any_name_from_anywhere(plain: Path, tmp_path: Path,
     few = {"CMI_DATA_DIR": str(data_of(plain)), "CMI_WORKERS": "2", "LGBM_ROUNDS": "3", **QUICK}
     env = runs.environment(tmp_path / "out", **few)
     env["PYTHONPATH"] += f":{tmp_path}"
-    command = [sys.executable, "-P", "-" if name == "-" else str(script)]
+    words = "python", "-P", "-" if name == "-" else script
     with script.open() as file:
-        how: Any = {"cwd": tmp_path, "env": env, "text": True, "capture_output": True}
-        printed = runs.good(subprocess.run(command, stdin=file, **how))
+        printed = runs.good(runs.call(*words, stdin=file, cwd=tmp_path, env=env))
     assert "lgbm/imu/fold01" in printed
     assert ("backend=threading" in printed) == (name == "-")
     runs.check_submission(tmp_path / "out", data_of(plain))
@@ -78,8 +75,7 @@ def test_a_run_that_nobody_reads_has_not_ended_well(plain: Path, tmp_path: Path)
     env = runs.environment(tmp_path / "out", **where)
     for shell, status in (("{ $0 $1; echo $? >&2; } | head -1", "1"), ("$0 $1 >&-; echo $? >&2", "0"),
                           ("{ $0 $1 --help; echo $? >&2; } | head -1", "0")):  # fmt: skip
-        command = ["sh", "-c", shell, sys.executable, str(SCRIPT)]
-        done = subprocess.run(command, env=env, text=True, capture_output=True)
+        done = runs.call("sh", "-c", shell, "python", SCRIPT, env=env)
         *stopped, code = done.stderr.split("\n")[:-1]
         assert code == status, done.stderr
         assert [line[:22] for line in stopped] == ["cmi_pipeline: stopped."] * int(status)

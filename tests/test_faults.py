@@ -7,8 +7,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +16,9 @@ import numpy as np
 import polars as pl
 import pytest
 import runs
-from runs import ALIKE, PLAIN, QUICK, Running, config, copied, data_of, run_here, said, same_outcome
+from runs import ALIKE, PLAIN, QUICK, Printed, Road, Running, config, copied, data_of, run_here
 
 import cmi_pipeline as cmi
-
-Printed = pytest.CaptureFixture[str]
-Road = tuple[Path, str]
 
 
 def one_line(text: str | None, *words: str) -> None:
@@ -55,7 +50,7 @@ def test_twenty_kills_change_nothing(road: Road, tmp_path: Path) -> None:
     assert len(hit) > 12, hit
     printed = runs.good(runs.run(out, **ALIKE))
     assert {action for action, _ in runs.plan_of(printed).values()} == {"reuse"}
-    same_outcome(whole, out, "lgbm", "torch", "keras")
+    runs.same_outcome(whole, out, "lgbm", "torch", "keras")
     assert not list(out.rglob("*.part*"))
 
 
@@ -85,7 +80,7 @@ def test_kills_and_ctrl_c_change_nothing(plain: Path, tmp_path: Path) -> None:
     with contextlib.suppress(ProcessLookupError):
         again.send(signal.SIGKILL)
     assert line is None
-    same_outcome(plain, out, "lgbm")
+    runs.same_outcome(plain, out, "lgbm")
 
 
 FREE = re.compile(  # another value must not train anything again
@@ -227,7 +222,7 @@ def test_a_spoilt_folds_file_is_made_anew(out: Path, capsys: Printed) -> None:
     for spoil, why in FOLDS:
         path.write_text(spoil(whole))
         assert {item.action for item in planned(out).values()} == {"reuse"}
-        assert re.search(rf"folds=.*{why}.*instead=made anew", said(capsys))
+        assert re.search(rf"folds=.*{why}.*instead=made anew", runs.said(capsys))
         assert path.read_text() == whole
 
 
@@ -238,10 +233,8 @@ def test_a_disk_that_takes_no_more(plain: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in files}
     start = "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000));"
     start += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    done = subprocess.run(  # not by preexec_fn: gRPC's threads of this process would wake in the fork
-        [sys.executable, "-c", start, str(runs.SCRIPT)], cwd=tmp_path, capture_output=True,
-        env=runs.environment(out, **again), text=True, timeout=1800,
-    )  # fmt: skip
+    env = runs.environment(out, **again)  # no preexec_fn: gRPC's threads would wake in the fork
+    done = runs.call("python", "-c", start, runs.SCRIPT, cwd=tmp_path, env=env)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1), done.stderr
     one_line(done.stderr, str(out), os.strerror(errno.EFBIG), "Make room")
     lost = [p for p, raw in before.items() if not p.is_file() or p.read_bytes() != raw]

@@ -70,9 +70,6 @@ def lost(rec, *sensors, rows=slice(None)):
     return changed(rec, **arrays)
 
 
-# ---- the oracle --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["whole", "patchy", "simulated", "real"])
 def test_the_slow_reference_agrees(name, request):
     """1e-5 relative; for a value near zero, relative to a thousandth of the column's spread."""
@@ -90,9 +87,6 @@ def test_the_slow_reference_agrees(name, request):
         for column, x in zip(frames.names, frames.take(np.array([i])).x.T, strict=True):
             message = f"{column} of recording {i}"
             assert_allclose(x, expected[column], rtol=1e-5, atol=1e-6, err_msg=message)
-
-
-# ---- hand-computed -----------------------------------------------------------------------------
 
 
 def test_statistics_of_a_ramp():
@@ -124,9 +118,6 @@ def test_a_hand_in_a_corner_is_seen_there():
     assert np.isnan(x["tof_2_dist_mean"][0])
     for name, nothing in (("dist", 250), ("min", 250), ("near", 0), ("cx", 0)):
         assert set(frames[f"tof_2_{name}"]) == {nothing}
-
-
-# ---- contracts ---------------------------------------------------------------------------------
 
 
 def test_names_are_unique_and_explained(whole):
@@ -212,9 +203,6 @@ def test_a_constant_recording_has_no_shape():
             assert np.isnan(column[0]), name
 
 
-# ---- symmetries --------------------------------------------------------------------------------
-
-
 def test_a_left_handed_twin_has_the_features_of_its_right_handed_original(patchy):
     twin = cmi.apply_map(patchy, np.ones(len(patchy), bool), cmi.MIRROR)
     person = patchy.person * np.array([1, 1, 1, 0, 1, 1, 1], np.float32)  # nobody is right-handed
@@ -256,9 +244,6 @@ def test_features_without_axes_do_not_feel_the_wristband_turn(whole):
     assert len(checked) > 200
     for name in checked:
         assert_allclose(b[name], a[name], rtol=2e-3, atol=2e-3, err_msg=name)
-
-
-# ---- modalities --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sensors", [("thm",), ("tof",), ("thm", "tof")])

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +10,8 @@ import numpy as np
 import pandas as pd
 import polars as pl
 import pytest
+from made import ACC, GESTURES, PERSON, ROT, THM, TOF
+from runs import free_ports
 
 from kaggle_evaluation.cmi_gateway import CMIGateway
 from kaggle_evaluation.cmi_inference_server import CMIInferenceServer
@@ -18,21 +19,10 @@ from kaggle_evaluation.core import base_gateway, relay
 from kaggle_evaluation.core.base_gateway import GatewayRuntimeError
 from kaggle_evaluation.core.base_gateway import GatewayRuntimeErrorType as Kind
 
-ROOT = Path(__file__).resolve().parents[1]
-GESTURES = """
-    Above ear - pull hair|Cheek - pinch skin|Eyebrow - pull hair|Eyelash - pull hair
-    Forehead - pull hairline|Forehead - scratch|Neck - pinch skin|Neck - scratch
-    Drink from bottle/cup|Feel around in tray and pull out an object|Glasses on/off
-    Pinch knee/leg skin|Pull air toward your face|Scratch knee/leg skin|Text on phone
-    Wave hello|Write name in air|Write name on leg
-"""
-GESTURES = [name.strip() for name in re.split(r"[|\n]", GESTURES) if name.strip()]
-SENSORS = [f"thm_{i}" for i in range(1, 6)]
-SENSORS += [f"tof_{i}_v{j}" for i in range(1, 6) for j in range(64)]
-MOTION = ["acc_x", "acc_y", "acc_z", "rot_w", "rot_x", "rot_y", "rot_z"]
-HEADER = ["row_id", "sequence_id", "sequence_counter", "subject", *MOTION, *SENSORS]
-DEMOGRAPHICS = "subject,adult_child,age,sex,handedness,height_cm,shoulder_to_wrist_cm,"
-DEMOGRAPHICS += "elbow_to_wrist_cm\nSUBJ_A,1,25,1,1,165.0,52,23.0\nSUBJ_B,0,13,0,1,177.5,52,27.0\n"
+SENSORS = [*THM, *TOF]
+HEADER = ["row_id", "sequence_id", "sequence_counter", "subject", *ACC, *ROT, *SENSORS]
+PEOPLE = "SUBJ_A,1,25,1,1,165.0,52,23.0\nSUBJ_B,0,13,0,1,177.5,52,27.0\n"
+DEMOGRAPHICS = ",".join(["subject", *PERSON]) + "\n" + PEOPLE
 
 
 def write_lines(folder: Path, lines: list[str], demographics: str) -> tuple[str, str]:
@@ -49,7 +39,7 @@ def write_files(folder: Path, *recordings: tuple[str, str, int, bool]) -> tuple[
     for sequence, subject, n_rows, sensors in recordings:
         rest = ["28.5"] * 5 + ["-1.0"] * 320 if sensors else [""] * 325
         for counter in range(n_rows):
-            motion = [f"{0.25 * (counter + 1):.2f}"] * len(MOTION)
+            motion = [f"{0.25 * (counter + 1):.2f}"] * 7
             row = [f"{sequence}_{counter:06}", sequence, str(counter), subject, *motion, *rest]
             lines.append(",".join(row))
     return write_lines(folder, lines, DEMOGRAPHICS)
@@ -71,8 +61,7 @@ def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
 @pytest.fixture(autouse=True)
 def own_ports(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Free ports as the ones to be tried, whatever else runs on this machine."""
-    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("", 0)) as two:
-        ports = [probe.getsockname()[1] for probe in (one, two)]
+    ports = free_ports(2)
     monkeypatch.setattr(relay, "GRPC_PORTS", ports)
     monkeypatch.delenv("KAGGLE_IS_COMPETITION_RERUN", raising=False)
     return ports
@@ -139,13 +128,8 @@ def test_types_of_columns_that_start_late(tmp_path, monkeypatch):
     """The original reads as text what has no value in the first 100 rows."""
     recordings = ("SEQ_1", "SUBJ_A", 120, False), ("SEQ_2", "SUBJ_B", 2, True)
     paths = write_files(tmp_path / "a[2025]*b", *recordings)
-    for text, variable, is_rerun in (
-        (0, "", 0),
-        (1, "1", 0),
-        (1, "true", 0),
-        (1, "", 1),
-        (0, "0", 1),
-    ):
+    cases = (0, "", 0), (1, "1", 0), (1, "true", 0), (1, "", 1), (0, "0", 1)
+    for text, variable, is_rerun in cases:
         monkeypatch.setenv("KAGGLE_EVALUATION_ORIGINAL_DTYPES", variable)
         monkeypatch.setattr(base_gateway, "IS_RERUN", is_rerun)
         batches = batches_of(CMIGateway(paths))

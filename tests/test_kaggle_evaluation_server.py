@@ -6,16 +6,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import grpc
 import numpy as np
 import polars as pl
 import pytest
+from runs import ROOT, free_ports
 
 from kaggle_evaluation.core import relay
 
-ROOT = Path(__file__).resolve().parents[1]
 METHOD = "/kaggle_evaluation_client.KaggleEvaluationService/Send"
 
 SERVER = """
@@ -49,14 +48,6 @@ server.serve()
 print(server.server.port, flush=True)
 sys.stdin.read()
 """
-
-
-def free_ports(n: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import lightgbm as lgb
 import numpy as np
 import polars as pl
 import pytest
+from runs import Patch
 
 import cmi_pipeline as cmi
 
@@ -71,9 +72,8 @@ def test_composites_are_the_product_within_a_gesture(folder: Path) -> None:
         alone = [ask(folder, STEMS, rows.take(np.array([i])), known) for i in range(7)]
         np.testing.assert_allclose(np.concatenate(alone, axis=1), answers, atol=1e-6)
         for stem, answer in zip(STEMS, answers, strict=True):
-            gesture, orientation, behavior = (
-                booster(folder, stem + e).predict(rows.x) for e in ENDS
-            )
+            models = (booster(folder, stem + end) for end in ENDS)
+            gesture, orientation, behavior = (model.predict(rows.x) for model in models)
             slow = np.zeros((7, len(known)))
             for i, (j, (b, o, g)) in itertools.product(range(7), enumerate(known)):
                 sides = sum(orientation[i, y] * behavior[i, x] for x, y, z in known if z == g)
@@ -83,9 +83,7 @@ def test_composites_are_the_product_within_a_gesture(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("mode", "share"), [("all", 0.3), ("norot", 0.5)])
-def test_recordings_lose_sensors_in_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, share: float
-) -> None:
+def test_sensors_are_lost(tmp_path: Path, monkeypatch: Patch, mode: str, share: float) -> None:
     """What LightGBM is handed: a third of the share loses THM, a third ToF, a third both."""
     handed, whole = [], lgb.Dataset
 

@@ -8,10 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import ALIKE, PLAIN, QUICK, Running, data_of, run_here, same_answers, same_outcome
-
-Patch = pytest.MonkeyPatch
-Road = tuple[Path, str]
+import runs
+from runs import ALIKE, PLAIN, QUICK, Patch, Road, Running, data_of, run_here
 
 
 def start(road: Road, out: Path, **settings: str) -> Running:
@@ -22,7 +20,7 @@ def start(road: Road, out: Path, **settings: str) -> Running:
 
 def assert_same(road: Road, out: Path, *members: str) -> None:
     """Models and out-of-fold rows are those of the full run, to the last byte; Keras's nearly."""
-    same_answers(road[0], out, *members)
+    runs.same_answers(road[0], out, *members)
     models = {p for end in ("txt", "pt") for p in out.glob(f"*_models/*/fold*.{end}")}
     assert len(models) >= 18 + 4 * ("torch" in members)
     for path in models:
@@ -30,10 +28,8 @@ def assert_same(road: Road, out: Path, *members: str) -> None:
     assert (out / "submission.parquet").is_file()
 
 
-SLOW = [
-    pytest.param(backend, keras, marks=pytest.mark.slow)
-    for backend, keras in (("loky", "1"), ("threading", "1"), ("dask", "0"), ("ray", "0"))
-]
+SLOW = ("loky", "1"), ("threading", "1"), ("dask", "0"), ("ray", "0")
+SLOW = [pytest.param(*words, marks=pytest.mark.slow) for words in SLOW]
 PACKAGES = {"dask": "distributed", "ray": "ray"}
 
 
@@ -69,7 +65,7 @@ def test_a_dead_worker_is_one_clear_line(road: Road, plain: Path, tmp_path: Path
     assert 0 < len(done) < 6
     assert run_here(out, CMI_DATA_DIR=str(data_of(plain)), **PLAIN) is None
     assert all(path.stat().st_mtime_ns == at for path, at in done.items())
-    same_outcome(plain, out, "lgbm")
+    runs.same_outcome(plain, out, "lgbm")
 
 
 def test_a_backend_that_is_absent_is_named(plain: Path, tmp_path: Path, monkeypatch: Patch) -> None:

@@ -52,13 +52,10 @@ def same(a, b):
         assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
 
 
-# ---- known poses -------------------------------------------------------------------------------
+POSES = ("z", 77, [0, 0, 1]), ("x", 90, [0, 1, 0]), ("y", 90, [-1, 0, 0]), ("x", 180, [0, 0, -1])
 
 
-@pytest.mark.parametrize(
-    ("axis", "degrees", "felt"),
-    [("z", 77, (0, 0, 1)), ("x", 90, (0, 1, 0)), ("y", 90, (-1, 0, 0)), ("x", 180, (0, 0, -1))],
-)
+@pytest.mark.parametrize(("axis", "degrees", "felt"), POSES)
 def test_gravity_in_known_poses(axis, degrees, felt):
     rec = changed(recordings([1]), acc=np.multiply([felt], 9.81), rot=about(axis, degrees))
     m = cmi.wrist_motion(rec)
@@ -97,9 +94,6 @@ def test_a_push_is_told_by_where_the_device_points():
             assert_allclose(m["world_aside"], np.full(40, aside), atol=1e-12)
 
 
-# ---- repair ------------------------------------------------------------------------------------
-
-
 def test_repair_agrees_with_the_reference_and_stays_within_its_recording():
     rec = with_gaps(recordings([40, 50, 30, 35, 30, 30, 30, 30], seed=8))
     q = cmi.repair_rotation(rec.rot, rec.start)
@@ -122,9 +116,6 @@ def test_without_rotation_gravity_is_guessed():
     assert np.degrees(np.arccos(np.clip(cosine, -1, 1))).max() < 8
     assert np.isnan(m["omega"]).all()
     assert np.isfinite(m["lin"]).all()
-
-
-# ---- mirror and turn ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", MAPS)

@@ -5,13 +5,12 @@ A private mount namespace, by `unshare -rm`, holds them and the script where Kag
 
 import shutil
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import polars as pl
 import pytest
-from runs import ROOT, SCRIPT, clean_environment, copied, good
+from runs import ROOT, SCRIPT, call, clean_environment, copied, good
 from test_dataset import contents
 
 import cmi_simulator
@@ -56,16 +55,14 @@ class Machine:
         shutil.copy(SCRIPT, script)
         mounts = [("rw", self.working, "/kaggle/working"), ("ro", script.parent, "/kaggle/src")]
         mounts += [("ro", source, f"/kaggle/input/{place}") for place, source in attached.items()]
-        self.words = [str(word) for mount in mounts for word in mount]
+        self.mounts = sum(mounts, ())
 
     def run(self, *words: str, **settings: str) -> subprocess.CompletedProcess[str]:
         """Python with these words, in the working folder; it draws no report."""
         hidden = {"PYTHONPATH": str(ROOT / "tests" / "without_matplotlib")}
-        inside = ["sh", "-c", INSIDE, "sh", str(self.root), *self.words, "--", sys.executable]
-        return subprocess.run(
-            ["unshare", "-rm", *inside, *words], text=True, capture_output=True, timeout=300,
-            env={**clean_environment(), **SETTINGS, **hidden, **settings},
-        )  # fmt: skip
+        inside = ["sh", "-c", INSIDE, "sh", self.root, *self.mounts, "--", "python", *words]
+        env = {**clean_environment(), **SETTINGS, **hidden, **settings}
+        return call("unshare", "-rm", *inside, env=env)
 
     def answers(self, name: str = "submission.parquet") -> Sequence[tuple[str, str]]:
         return sorted(pl.read_parquet(self.working / name).rows())

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from made import frames_to_learn
+from runs import Patch
 
 import cmi_pipeline as cmi
 
@@ -25,8 +26,6 @@ if not all(map(importlib.util.find_spec, ("torch", "tensorflow", "keras"))):
 import torch
 
 Array = np.ndarray[Any, Any]
-Patch = pytest.MonkeyPatch
-
 LEARNERS: dict[str, Any] = {"torch": cmi.TorchLearner, "keras": cmi.KerasLearner}
 ENDS = {"torch": ".pt", "keras": ".keras"}
 TINY = {"width": 16, "max_epochs": 8, "lr": 1e-2, "es_patience": 2, "dropout": 0.1}

@@ -6,13 +6,23 @@ import io
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import PLAIN, QUICK, ROOT, SCRIPT, check_submission, data_of, environment, same_outcome
+from runs import (
+    PLAIN,
+    QUICK,
+    ROOT,
+    SCRIPT,
+    call,
+    check_submission,
+    data_of,
+    dry_run,
+    environment,
+    good,
+    same_outcome,
+)
 
 for package in ("jupytext", "nbformat", "nbclient", "ipykernel"):
     pytest.importorskip(package)
@@ -22,8 +32,7 @@ for package in ("jupytext", "nbformat", "nbclient", "ipykernel"):
 def notebook(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """README's command, in a folder that has everything but the script."""
     path = tmp_path_factory.mktemp("notebook") / "notebook.ipynb"
-    command = [sys.executable, "-m", "jupytext", "--to", "notebook", "--output"]
-    subprocess.run([*command, str(path), str(SCRIPT)], check=True, capture_output=True)
+    good(call("python", "-m", "jupytext", "--to", "notebook", "--output", path, SCRIPT))
     shutil.copy(ROOT / "cmi_simulator.py", path.parent)
     shutil.copytree(ROOT / "kaggle_evaluation", path.parent / "kaggle_evaluation")
     return path
@@ -47,10 +56,8 @@ Outputs = tuple[list[Any], list[Any], str]
 def executed(notebook: Path, out: Path, **settings: str) -> Outputs:
     """All outputs in a kernel, those that a reader would take for a failure, what is printed."""
     done = out.with_suffix(".ipynb")
-    subprocess.run(
-        [sys.executable, "-c", EXECUTE, str(notebook), str(done)], cwd=notebook.parent,
-        env=environment(out, **settings), capture_output=True, timeout=1800,
-    )  # fmt: skip
+    env = environment(out, **settings)
+    call("python", "-c", EXECUTE, notebook, done, cwd=notebook.parent, env=env)
     cells = importlib.import_module("nbformat").read(done, as_version=4).cells
     outputs = [o for cell in cells for o in cell.get("outputs", [])]
     errors = [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
@@ -91,15 +98,15 @@ for cell in json.load(open({path!r}))["cells"]:
 def test_the_companion_is_what_its_command_makes(tmp_path: Path) -> None:
     """And --check notices a change; nothing that a run left is stored."""
     folder = Path(shutil.copytree(COMPANION.parent, tmp_path / "notebook"))
-    check = [sys.executable, str(folder / "make_notebook.py"), "--check"]
-    assert subprocess.run(check, cwd=tmp_path).returncode == 0
+    check = "python", folder / "make_notebook.py", "--check"
+    good(call(*check, cwd=tmp_path))
     cells = importlib.import_module("nbformat").read(folder / "cmi.ipynb", as_version=4).cells
     assert len(cells) <= 25
     assert all(not c.outputs and c.execution_count is None for c in cells if c.cell_type == "code")
     assert max(c.source.count("\n") for c in cells) < 50
     with (folder / "cells.py").open("a") as file:
         file.write("\n# %% [markdown]\n# One more.\n")
-    failed = subprocess.run(check, cwd=tmp_path, text=True, capture_output=True)
+    failed = call(*check, cwd=tmp_path)
     assert failed.returncode == 1
     assert "make_notebook.py" in failed.stderr
 
@@ -141,12 +148,9 @@ def test_the_companion_serves_first(companion: tuple[Path, Outputs], tmp_path: P
     out, _ = companion
     driver, data = tmp_path / "driver.py", data_of(out)
     driver.write_text(IN_THIS_PROCESS.format(path=str(COMPANION)))
-    command = [sys.executable, "-m", "kaggle_evaluation.dry_run", "--test-dir", str(data)]
-    command += ["--working-dir", str(COMPANION.parent), "--output-dir", str(tmp_path / "kept")]
+    words = "--working-dir", COMPANION.parent, "--output-dir", tmp_path / "kept", driver
     env = environment(out, PYTHONPATH="", STRICT="1", **QUICK)
-    done = subprocess.run(
-        [*command, str(driver)], cwd=ROOT, env=env, text=True, capture_output=True
-    )
+    done = dry_run(data, *words, env=env)
     log = (tmp_path / "kept" / "notebook.log").read_text()
     assert done.returncode == 0, done.stdout[-3000:] + log[-3000:]
     check_submission(tmp_path / "kept", data)

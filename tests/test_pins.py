@@ -6,13 +6,12 @@ images of July 2025 and June 2026, and of the newest releases.
 
 import itertools
 import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
 import pytest
-from runs import ALIKE, SCRIPT, check_submission, copied, environment, good
+from runs import ALIKE, SCRIPT, call, check_submission, copied, environment, good
 
 import cmi_simulator
 
@@ -20,6 +19,7 @@ PYTHONS = [path for path in os.environ.get("CMI_PYTHONS", "").split(":") if path
 pytestmark = pytest.mark.skipif(len(PYTHONS) < 2, reason="CMI_PYTHONS names no two interpreters")
 FEW = {**ALIKE, "LGBM_ROUNDS": "5", "TORCH_MAX_EPOCHS": "1"}
 Answers = dict[str, str]
+Trained = Callable[[str], tuple[Path, Answers]]
 
 
 def answers(out: Path) -> Answers:
@@ -28,9 +28,8 @@ def answers(out: Path) -> Answers:
 
 def run_by(python: str, out: Path, **settings: str) -> Answers:
     """All members, on the data that CMI_DATA_DIR names."""
-    own = environment(out, **FEW, TF_CPP_MIN_LOG_LEVEL="3", **settings)
-    how = {"cwd": out.parent, "env": own, "text": True, "capture_output": True, "timeout": 900}
-    good(subprocess.run([python, str(SCRIPT)], **how))  # type: ignore[call-overload]
+    env = environment(out, **FEW, TF_CPP_MIN_LOG_LEVEL="3", **settings)
+    good(call(python, SCRIPT, cwd=out.parent, env=env))
     return answers(out)
 
 
@@ -42,9 +41,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(
-    data: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], tuple[Path, Answers]]:
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     """The folder of a run by an interpreter, made once, and what it answered."""
     done = dict[str, tuple[Path, Answers]]()
 
@@ -59,9 +56,8 @@ def trained(
 
 @pytest.mark.parametrize(("trainer", "server"), [*itertools.permutations(PYTHONS, 2)])
 def test_models_of_one_serve_with_the_other(
-    data: Path, trained: Callable[[str], tuple[Path, Answers]],
-    trainer: str, server: str, tmp_path: Path,
-) -> None:  # fmt: skip
+    data: Path, trained: Trained, trainer: str, server: str, tmp_path: Path
+) -> None:
     """Without a fallback; nearly all answers are the same, for the last digits may differ."""
     folder, before = trained(trainer)
     out = copied(folder, tmp_path / "out", "submission.parquet", "checkpoints", "logs")

@@ -6,20 +6,17 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
 import pytest
+from made import PERSON, SENSORS
 from runs import Printed
 
 import cmi_pipeline as cmi
 import cmi_simulator
 
-SENSORS = [*(f"acc_{a}" for a in "xyz"), *(f"rot_{a}" for a in "wxyz")]
-SENSORS += [f"thm_{i}" for i in range(1, 6)]
-SENSORS += [f"tof_{i}_v{j}" for i in range(1, 6) for j in range(64)]
-PERSON = ["adult_child", "age", "sex", "handedness", "height_cm", "shoulder_to_wrist_cm"]
-PERSON += ["elbow_to_wrist_cm"]
 OOPS = re.compile(r"^((?:[^,]*,){9})[^,]*")  # the tenth cell
 SIGNALS = ("acc", "rot", "thm", "tof", "start", "person", "subject", "sequence_id")
 read = functools.partial(pl.read_csv, glob=False, infer_schema_length=None)
@@ -109,24 +106,23 @@ def test_a_frame_gives_the_same_of_whatever_type_it_is(folder: Path, rec: cmi.Re
 
 
 @pytest.mark.parametrize(
-    ("change", "told", "lost_rows", "lost_values"),
+    ("change", "told", "lost"),
     [
-        (lambda x: [x[0], *x[100:300], *x[1:100], *x[300:]], "out of order or twice", 0, 0),
-        (lambda x: [*x[:5], x[6], x[5], *x[7:40], *x[60:], *x[40:60]], "out of order", 0, 0),
-        (lambda x: [*x[:9], x[8], *x[9:]], "out of order or twice", 0, 0),
-        (lambda x: [*x[:-1], x[-1][:-900]], "cut off", 1, 0),
-        (lambda x: [*x[:36], OOPS.sub(r"\1oops", x[36]), *x[37:]], "oops", 0, 1),
+        (lambda x: [x[0], *x[100:300], *x[1:100], *x[300:]], "out of order or twice", (0, 0)),
+        (lambda x: [*x[:5], x[6], x[5], *x[7:40], *x[60:], *x[40:60]], "out of order", (0, 0)),
+        (lambda x: [*x[:9], x[8], *x[9:]], "out of order or twice", (0, 0)),
+        (lambda x: [*x[:-1], x[-1][:-900]], "cut off", (1, 0)),
+        (lambda x: [*x[:36], OOPS.sub(r"\1oops", x[36]), *x[37:]], "oops", (0, 1)),
     ],
 )
 def test_damage_is_told_and_costs_no_more_than_it_must(
-    rec: cmi.Recordings, damaged: Damaged, capsys: Printed,
-    change: Change, told: str, lost_rows: int, lost_values: int,
-) -> None:  # fmt: skip
+    rec: Any, damaged: Damaged, capsys: Any, change: Change, told: str, lost: tuple[int, int]
+) -> None:
     found = cmi.read_train(damaged(change))
     assert told in capsys.readouterr().out
     assert sorted(found.sequence_id) == sorted(rec.sequence_id)
-    assert len(rec.acc) - len(found.acc) == lost_rows
-    assert np.isnan(found.acc).sum() - np.isnan(rec.acc).sum() == lost_values
+    more_gaps = np.isnan(found.acc).sum() - np.isnan(rec.acc).sum()
+    assert (len(rec.acc) - len(found.acc), more_gaps) == lost
     for i, name in enumerate(found.sequence_id):
         j = int(np.flatnonzero(rec.sequence_id == name)[0])
         one, other = found.part(i, i + 1), rec.part(j, j + 1)
@@ -163,9 +159,8 @@ def test_contradictions_are_told(damaged: Damaged, capsys: Printed) -> None:
     """One person described twice; another gesture in the first recording's last row."""
     data = damaged(lambda lines: lines)
     train, people = read(data / "train.csv"), read(data / "train_demographics.csv")
-    pl.concat([people, people, people[:1].with_columns(age=pl.col("age") + 9)]).write_csv(
-        data / "train_demographics.csv"
-    )
+    older = people[:1].with_columns(age=pl.col("age") + 9)
+    pl.concat([people, people, older]).write_csv(data / "train_demographics.csv")
     first, kinds = train["sequence_id"][0], train["gesture"].unique().sort()
     last = pl.int_range(pl.len()) == len(train.filter(sequence_id=first)) - 1
     other = pl.lit(kinds.filter(kinds != train["gesture"][0])[0])
@@ -176,9 +171,8 @@ def test_contradictions_are_told(damaged: Damaged, capsys: Printed) -> None:
     assert told == [people["subject"][0], first]
 
 
-def test_the_cache_notices_another_or_a_damaged_file(
-    rec: cmi.Recordings, damaged: Damaged, tmp_path: Path, capsys: Printed
-) -> None:
+def test_the_cache_notices_change(rec: Any, damaged: Damaged, tmp_path: Path, capsys: Any) -> None:
+    """And a damaged cache."""
     data, cfg = damaged(lambda lines: lines), cmi.Config(output_path=tmp_path / "out")
     (_, digest), (again, same) = (cmi.cached_recordings(data, cfg) for _ in range(2))
     assert "action=reuse" in capsys.readouterr().out

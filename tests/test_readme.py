@@ -5,13 +5,22 @@ import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from runs import QUICK, ROOT, SMALL, check_submission, clean_environment, copied, data_of, good
+from runs import (
+    QUICK,
+    ROOT,
+    SMALL,
+    call,
+    check_submission,
+    clean_environment,
+    copied,
+    data_of,
+    good,
+)
 
 import cmi_pipeline as cmi
 
@@ -80,11 +89,7 @@ class Copy:
         self.env["PATH"] = f"{bin_folder}:{os.environ['PATH']}"
 
     def run(self, command: str) -> str:
-        words = shlex.split(command)
-        if words[0] == "python":  # found by its own path, or it would not know its packages
-            words[0] = sys.executable
-        how = {"cwd": self.folder, "env": self.env, "text": True, "capture_output": True}
-        return good(subprocess.run(words, timeout=900, **how))  # type: ignore[call-overload]
+        return good(call(*shlex.split(command), cwd=self.folder, env=self.env))
 
     def asked(self) -> Iterator[tuple[str, list[str]]]:
         for line in self.log.read_text().splitlines():

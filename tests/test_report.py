@@ -18,6 +18,7 @@ import polars as pl
 import pytest
 from runs import Patch, Printed, Road, said
 from sklearn.metrics import confusion_matrix, f1_score
+from test_score import plain_score
 
 import cmi_pipeline as cmi
 
@@ -62,12 +63,6 @@ def oof(out: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
     """Answers and probabilities, from the files alone."""
     proba = np.load(out / "oof" / f"oof_{part.replace('/', '_')}_proba.npy")
     return proba.argmax(axis=1), proba
-
-
-def competition_score(truth: np.ndarray, answer: np.ndarray) -> float:
-    t, p = np.minimum(truth, 8), np.minimum(answer, 8)
-    macro = f1_score(t, p, average="macro", zero_division=0)
-    return float(f1_score(t < 8, p < 8, zero_division=0) + macro) / 2
 
 
 def write_run_files(out: Path, gesture: np.ndarray) -> None:
@@ -232,7 +227,7 @@ def test_subjects_and_orientations(drawn: Drawn) -> None:
         assert set(rows) == set(group)
         for name, row in rows.items():
             t, a = truth[group == name], answer[group == name]
-            expected = (len(t), (t == a).mean(), competition_score(t, a))
+            expected = (len(t), (t == a).mean(), plain_score(t, a))
             shown = [float(row[key]) for key in ("recordings", "accuracy", "score")]
             assert shown == pytest.approx(expected, abs=6e-5)
     scores = [float(row["score"]) for row in rows.values()]
@@ -351,7 +346,7 @@ def test_a_real_run_has_every_part(road: Road) -> None:
     assert len(members) == 6
     for row in members:
         answer, _ = oof(out, f"{row['name']}/{row['mode']}")
-        assert float(row["score"]) == pytest.approx(competition_score(truth, answer), abs=6e-5)
+        assert float(row["score"]) == pytest.approx(plain_score(truth, answer), abs=6e-5)
     curves = [image.get("alt") for image in page.parts["Learning curves"].iter("img")]
     assert curves == [f"Training of {name}" for name in dict.fromkeys(r["name"] for r in members)]
 

@@ -5,8 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +12,12 @@ import numpy as np
 import polars as pl
 import pytest
 import runs
-from runs import QUICK, ROOT, SCRIPT, check_submission, data_of, plan_of, run_here
+from runs import QUICK, Patch, Printed, Road, check_submission, data_of, plan_of, run_here
 from test_blend import slow_pool
 from test_score import plain_score
 
 import cmi_pipeline as cmi
 
-Patch = pytest.MonkeyPatch
-Printed = pytest.CaptureFixture[str]
-Road = tuple[Path, str]
 Served = tuple[cmi.Predictor, dict[str, Any]]
 PARTS = {(member, mode) for member in ("lgbm", "torch", "keras") for mode in ("all", "imu")}
 STEMS = ["fold00", "fold01"]
@@ -223,9 +218,7 @@ def test_a_simulated_bundle_serves_real_files(road: Road, tmp_path: Path, capsys
 def test_the_hidden_rerun_is_served_without_any_bundle(road: Road, tmp_path: Path) -> None:
     """A gateway in another process asks; LightGBM is trained in the first call."""
     data, out = data_of(road[0]), tmp_path / "out"
-    command = ["-m", "kaggle_evaluation.dry_run", "--test-dir", str(data)]
-    command += ["--truth", str(data / "test_truth.csv"), str(SCRIPT)]
-    how: Any = {"cwd": ROOT, "env": runs.environment(out, CMI_DATA_DIR=str(data), STRICT="1")}
-    runs.good(subprocess.run([sys.executable, *command], text=True, capture_output=True, **how))
+    env = runs.environment(out, CMI_DATA_DIR=str(data), STRICT="1")
+    runs.good(runs.dry_run(data, "--truth", data / "test_truth.csv", runs.SCRIPT, env=env))
     assert (out / "lgbm_models" / "bundle.json").is_file()
     assert not (out / "torch_models").exists()

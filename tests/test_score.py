@@ -2,17 +2,10 @@
 
 import numpy as np
 import pytest
+from made import GESTURES, OTHERS, TARGETS
 from sklearn.metrics import f1_score
 
 import cmi_pipeline as cmi
-
-NAMES = """Above ear - pull hair | Cheek - pinch skin | Eyebrow - pull hair | Eyelash - pull hair |
-Forehead - pull hairline | Forehead - scratch | Neck - pinch skin | Neck - scratch |
-Drink from bottle/cup | Feel around in tray and pull out an object | Glasses on/off |
-Pinch knee/leg skin | Pull air toward your face | Scratch knee/leg skin | Text on phone |
-Wave hello | Write name in air | Write name on leg"""
-GESTURES = [name.strip() for name in NAMES.split("|")]
-TARGETS, OTHERS = GESTURES[:8], GESTURES[8:]
 
 
 def plain_score(truth: np.ndarray, predicted: np.ndarray) -> float:

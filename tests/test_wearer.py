@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from made import changed, joined
+from runs import Patch
 
 import cmi_pipeline as cmi
 import cmi_simulator
@@ -79,9 +80,7 @@ def test_with_few_subjects_nobody_is_turned(rec: cmi.Recordings) -> None:
     assert not off.any()
 
 
-def test_nobody_is_judged_by_a_model_that_saw_their_fold(
-    rec: cmi.Recordings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nobody_is_judged_by_a_model_of_their_fold(rec: cmi.Recordings, monkeypatch: Patch) -> None:
     cfg = cmi.Config(n_folds=4)
     fold = cmi.make_folds(rec.subject, cfg)
     size = np.abs(cmi.odd_features(upright(rec)))  # a row, whichever its sign
