@@ -1,13 +1,12 @@
 """How fast the pipeline is: each figure beside its plain counterpart, measured in the same run.
 
     python tests/benchmark.py                             # every part: about half an hour
-    python tests/benchmark.py features serving            # some; benchmark.json keeps the others
+    python tests/benchmark.py features serving            # some
     python tests/benchmark.py serving --bundle cmi_output # models of an earlier run
 
-Prints one markdown table of what benchmark.json holds by then. Times are of this machine: compare
-the ratios. CMI_BENCHMARK_DIR names the folder for what is simulated and trained for it. In part
-`growth` the plain counterpart is what 1/8 of the recordings took, times the number of recordings: a
-ratio of 1 is growth with their number, more is better.
+Prints one markdown table. Times are of this machine: compare the ratios. CMI_BENCHMARK_DIR names the
+folder for what is simulated and trained for it. In part `growth` the plain counterpart is what 1/8
+of the recordings took, times their number: a ratio of 1 is growth with it, more is better.
 """
 
 import argparse
@@ -40,7 +39,6 @@ import cmi_pipeline as cmi
 import cmi_simulator
 
 CACHE = Path(os.environ.get("CMI_BENCHMARK_DIR", "/tmp/cmi_benchmark")).absolute()
-RESULTS = Path("benchmark.json")  # in the current folder
 PACKAGES = ("numpy", "polars", "lightgbm", "torch", "keras", "tensorflow")
 SAMPLE = 40  # recordings of the slow loop
 SHORT = {
@@ -310,19 +308,8 @@ PARTS: dict[str, Callable[[Options], list[Row]]] = {
 }
 
 
-def print_table(entries: dict[str, Any]) -> None:
-    """All figures, below what they were measured on."""
-    print(*sorted({entry["about"] for entry in entries.values()}), sep="\n")
-    lines = ["", "| part | what | ours | plain | ratio |", "|---|---|---|---|---|"]
-    for name, entry in entries.items():
-        for what, ours, plain, unit in entry["rows"]:
-            other = f"{plain:,.3f} {unit} | {plain / ours:.2f} ×" if plain else " | "
-            lines.append(f"| {name} | {what} | {ours:,.3f} {unit} | {other} |")
-    print(*lines, sep="\n")
-
-
 def main() -> None:
-    """Run the parts that are asked for; keep each one's figures as soon as it has them."""
+    """Each part's figures as soon as it has them, below what they are measured on."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[])
     parser.add_argument("--bundle", type=lambda text: Path(text).absolute())
@@ -332,13 +319,13 @@ def main() -> None:
     versions = ", ".join(f"{p} {importlib.metadata.version(p)}" for p in PACKAGES)
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     models = re.findall(r"model name\s*:\s*(.+)", info) or [platform.machine()]
-    about = f"{os.cpu_count()} × {models[0]}, {versions}, {time.strftime('%Y-%m-%d')}"
-    entries = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    about = f"{versions}, {time.strftime('%Y-%m-%d')}, load {os.getloadavg()[0]:.1f}"
+    print(f"{os.cpu_count()} × {models[0]}, {about}\n")
+    print("| part | what | ours | plain | ratio |\n|---|---|---|---|---|")
     for name in options.parts or PARTS:
-        load, rows = round(os.getloadavg()[0], 1), alone(PARTS[name], options)
-        entries[name] = {"about": about, "load": load, "rows": rows}
-        RESULTS.write_text(json.dumps(entries, indent=1) + "\n")
-    print_table(entries)
+        for what, ours, plain, unit in alone(PARTS[name], options):
+            other = f"{plain:,.3f} {unit} | {plain / ours:.2f} ×" if plain else " | "
+            print(f"| {name} | {what} | {ours:,.3f} {unit} | {other} |", flush=True)
 
 
 if __name__ == "__main__":

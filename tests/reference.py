@@ -320,7 +320,8 @@ def channels(rec, i):
         out |= {f"{n}_{a}": m[n][:, k] + (np.nan if blind else 0) for n in ("up", "north", "west")}
     for name in out:
         if name.startswith("jerk") or (name.startswith("omega") and not blind):
-            out[name] = np.r_[0.0, out[name][1:]]  # nothing came before the first row
+            first = 0.0 if name.startswith("omega") else 0.0 * s["acc_mag"][0]
+            out[name] = np.r_[first, out[name][1:]]  # nothing came before the first row
     nothing = dict.fromkeys(("near", "sd", "cx", "cy", "sx", "sy", "flow"), 0)
     nothing |= {"dist": 250, "min": 250}
     for k in SENSORS:

@@ -54,18 +54,6 @@ def test_nothing_that_runs_code_is_ever_loaded() -> None:
         assert not re.search(f"{loading}|{allowing}", path.read_text()), path
 
 
-def test_no_name_of_the_file_is_given_twice() -> None:
-    """A constant that a later section gives another value changes what an earlier one does."""
-    given: list[str] = []
-    for node in TREE.body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            given.append(node.name)
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            given += [n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)]
-    assert sorted({name for name in given if given.count(name) > 1}) == []
-
-
 def test_functions_are_short_and_import_nothing_and_broad_excepts_are_few() -> None:
     functions = [f for f in nodes(ast.FunctionDef) if f.name != "torch_classes"]  # holds classes
     lengths = {f"{f.name}, line {f.lineno}": f.end_lineno - f.lineno + 1 for f in functions}

@@ -170,11 +170,7 @@ def test_commands_within_the_text_exist() -> None:
     assert len(inline_commands()) >= 4
 
 
-def test_it_begins_with_the_five_questions_and_has_twelve_settings() -> None:
-    first = README.split("\n## ")[1]
-    asked = re.findall(r"^\*\*(.*?\?)\*\*", first, re.M)
-    starts = ("What score", "How long", "How do I submit", "How do I change", "How far can I trust")
-    assert [question.startswith(s) for question, s in zip(asked, starts, strict=True)] == [True] * 5
+def test_it_has_twelve_settings_with_their_defaults() -> None:
     table = re.search(r"^## Twelve settings\n\n(.*?)\n\n", README, re.M | re.S)
     assert table
     names = re.findall(r"^\| ([A-Z_]+) \|", table[1], re.M)

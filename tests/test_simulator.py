@@ -381,14 +381,6 @@ def test_the_seed_alone_decides(tmp_path):
     assert one["train.csv"] != small(tmp_path / "c", seed=10)["train.csv"]
 
 
-def test_truth_names_every_test_recording_in_order(folder, test_set):
-    truth = read(folder / "test_truth.csv")
-    assert truth.columns == ["sequence_id", "gesture"]
-    names = test_set["sequence_id"].unique(maintain_order=True)
-    assert truth["sequence_id"].to_list() == names.to_list()
-    assert set(truth["gesture"]) <= set(GESTURES)
-
-
 def test_a_wrong_size_says_what_is_allowed(tmp_path):
     for name, size, message in (
         ("subjects", 0, "subjects=0"),
