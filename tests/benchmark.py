@@ -47,6 +47,11 @@ SHORT = {
 }  # fmt: skip
 Row = tuple[str, float, float | None, str]  # what, ours, plain, unit
 Options = argparse.Namespace
+STAGES = {
+    "features": "features and frames", "lgbm": "LightGBM, one fold of five",
+    "torch": "Torch, one epoch of a fold", "keras": "Keras, one epoch of a fold, compiling included",
+    "weights": "weights of six models", "replay": "one replay of the assignment",
+}  # fmt: skip
 
 
 def alone(work: Callable[..., Any], *args: Any) -> Any:
@@ -205,13 +210,6 @@ def at_work(name: str, subjects: int) -> tuple[float, float, float]:
             else:
                 took = cost(cmi.replay_assignment, said[0], data, cfg, 1)
     return *took, peak_memory()
-
-
-STAGES = {
-    "features": "features and frames", "lgbm": "LightGBM, one fold of five",
-    "torch": "Torch, one epoch of a fold", "keras": "Keras, one epoch of a fold, compiling included",
-    "weights": "weights of six models", "replay": "one replay of the assignment",
-}  # fmt: skip
 
 
 def growth(options: Options) -> list[Row]:

@@ -20,6 +20,13 @@ TOF = [f"tof_{i}_v{j}" for i in range(1, 6) for j in range(64)]
 SENSORS = [*ACC, *ROT, *THM, *TOF]
 PERSON = ["adult_child", "age", "sex", "handedness", "height_cm", "shoulder_to_wrist_cm"]
 PERSON += ["elbow_to_wrist_cm"]
+GROUPS = (  # few channels for small networks, named as the real ones
+    ("acc", ("acc_x", "acc_y", "acc_z", "acc_mag")),
+    ("rot", ("up_x", "up_y", "up_z")),
+    ("motion", ("omega_x", "omega_y", "omega_z", "swing")),
+    ("thm", ("thm_1", "thm_2")),
+    *((f"tof_{i}", (f"tof_{i}_near", f"tof_{i}_sx")) for i in range(1, 6)),
+)
 
 
 def random_rotations(rng, n):
@@ -83,15 +90,6 @@ def with_gaps(rec):
     tof[s[6] : s[7], 3] = 254  # nothing in range
     tof[s[7] : s[8], 4] = 255
     return changed(rec, rot=rot, thm=thm, tof=tof)
-
-
-GROUPS = (  # few channels for small networks, named as the real ones
-    ("acc", ("acc_x", "acc_y", "acc_z", "acc_mag")),
-    ("rot", ("up_x", "up_y", "up_z")),
-    ("motion", ("omega_x", "omega_y", "omega_z", "swing")),
-    ("thm", ("thm_1", "thm_2")),
-    *((f"tof_{i}", (f"tof_{i}_near", f"tof_{i}_sx")) for i in range(1, 6)),
-)
 
 
 def random_frames(lengths, spread=3.0, seed=0):

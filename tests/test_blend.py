@@ -19,6 +19,14 @@ L = len(TABLE)
 MEMBERS = ("lgbm", "torch", "keras")
 ALONE = "norot"  # a mode whose pool no other joins
 Oof = dict[tuple[str, str], np.ndarray]
+SHARES = {"ensemble_weights": "lgbm:0.5, torch:1.5"}, {"ensemble_w_lgbm": 2, "ensemble_w_torch": 6}
+IMPOSSIBLE = {"lgbm:0,torch:0": "leave nothing", "lgbm:-1,torch:2": "negative",
+              "lgbm:nan,torch:2": "infinite", "lgbm:half": "member:number"}  # fmt: skip
+SURE_OF_ONE = ({0: 0.9, 1: 0.09}, {-1: 0.5, 0: 0.45})  # who has done A did B now
+SURELY_WRONG = ({0: 0.6, 1: 0.39}, {-1: 0.6, 2: 0.3})  # B is taken for A, and pushes A aside
+
+
+GAINS = (1, SURE_OF_ONE, True), (4, SURE_OF_ONE, True), (1, SURELY_WRONG, False)
 
 
 def protocol(n_subjects: int, times: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -139,9 +147,6 @@ def test_imu_members_join_the_pool_of_all_and_every_kind_of_row_is_there(tmp_pat
             assert row["score"] == pytest.approx(np.mean(both))
 
 
-SHARES = {"ensemble_weights": "lgbm:0.5, torch:1.5"}, {"ensemble_w_lgbm": 2, "ensemble_w_torch": 6}
-
-
 @pytest.mark.parametrize("settings", SHARES)
 def test_fixed_shares_hold_and_one_scale_is_fitted(tmp_path: Path, settings: Any) -> None:
     data, oof = made(8, 6, "all", "imu", ALONE)
@@ -153,10 +158,6 @@ def test_fixed_shares_hold_and_one_scale_is_fitted(tmp_path: Path, settings: Any
     assert total == pytest.approx(scales[np.argmin(losses)], rel=0.02)
     warm = blended(oof, data, tmp_path, ensemble_temperature=2.0, **settings).weights("all")
     assert sum(warm) == pytest.approx(0.5)
-
-
-IMPOSSIBLE = {"lgbm:0,torch:0": "leave nothing", "lgbm:-1,torch:2": "negative",
-              "lgbm:nan,torch:2": "infinite", "lgbm:half": "member:number"}  # fmt: skip
 
 
 def test_impossible_shares_are_refused(tmp_path: Path) -> None:
@@ -227,13 +228,6 @@ def test_retries_take_one_place_and_more_than_the_protocol_is_judged_alone() -> 
         assert wearer.gesture(f"SEQ_more{label}", sure(label, 0.6)) == TABLE[label, 2]
     assert other.gesture("SEQ_A", np.where(np.arange(L) == 0, np.nan, sure(2, 0.9))) == TABLE[2, 2]
     assert other.gesture("SEQ_B", sure(2, 0.4)) == TABLE[2, 2], "it took no place"
-
-
-SURE_OF_ONE = ({0: 0.9, 1: 0.09}, {-1: 0.5, 0: 0.45})  # who has done A did B now
-SURELY_WRONG = ({0: 0.6, 1: 0.39}, {-1: 0.6, 2: 0.3})  # B is taken for A, and pushes A aside
-
-
-GAINS = (1, SURE_OF_ONE, True), (4, SURE_OF_ONE, True), (1, SURELY_WRONG, False)
 
 
 @pytest.mark.parametrize(("times", "pair", "gains"), GAINS)

@@ -14,6 +14,19 @@ import cmi_pipeline as cmi
 import make_kaggle_dataset as maker
 
 SLUG = "some-one/cmi-bundles"
+DAMAGES: tuple[tuple[str, Callable[[str], str] | None, str], ...] = (
+    ("lgbm_models/imu/fold01_behavior.txt", lambda t: t + " ", "lgbm_models/imu is damaged or inc"),
+    ("lgbm_models/all/fold00.txt", None, "lgbm_models/all is damaged"),
+    ("lgbm_models/imu/fold00.json", None, "lgbm_models/imu is damaged"),
+    ("lgbm_models/bundle.json", lambda _: "{", "is not JSON"),
+    ("lgbm_models/bundle.json", None, "found with other models than lie in .*: lgbm/all, lgbm/imu"),
+    ("lgbm_models/bundle.json", lambda t: re.sub(r',\s*"fold01"', "", t, count=1),
+     "lgbm_models/all has not the 2 folds of folds.csv"),
+    ("ensemble/weights.json", lambda t: t.replace('"digests": {', '"digests": {"torch/imu": "0",'),
+     r"found with other models than lie in .*: torch/imu\."),
+    ("ensemble/weights.json", None, r"weights\.json does not exist"),
+    ("folds.csv", None, r"folds\.csv does not exist"),
+)  # fmt: skip
 
 
 def pack(out: Path, target: Path, *words: str) -> None:
@@ -66,21 +79,6 @@ def test_the_folder_holds_models_and_nothing_else(road: Road, dataset: Path) -> 
     metadata = json.loads(packed.pop("dataset-metadata.json"))
     assert metadata == {"title": "Cmi bundles", "id": SLUG, "licenses": [{"name": "MIT"}]}
     assert all((road[0] / name).read_bytes() == raw for name, raw in packed.items())
-
-
-DAMAGES: tuple[tuple[str, Callable[[str], str] | None, str], ...] = (
-    ("lgbm_models/imu/fold01_behavior.txt", lambda t: t + " ", "lgbm_models/imu is damaged or inc"),
-    ("lgbm_models/all/fold00.txt", None, "lgbm_models/all is damaged"),
-    ("lgbm_models/imu/fold00.json", None, "lgbm_models/imu is damaged"),
-    ("lgbm_models/bundle.json", lambda _: "{", "is not JSON"),
-    ("lgbm_models/bundle.json", None, "found with other models than lie in .*: lgbm/all, lgbm/imu"),
-    ("lgbm_models/bundle.json", lambda t: re.sub(r',\s*"fold01"', "", t, count=1),
-     "lgbm_models/all has not the 2 folds of folds.csv"),
-    ("ensemble/weights.json", lambda t: t.replace('"digests": {', '"digests": {"torch/imu": "0",'),
-     r"found with other models than lie in .*: torch/imu\."),
-    ("ensemble/weights.json", None, r"weights\.json does not exist"),
-    ("folds.csv", None, r"folds\.csv does not exist"),
-)  # fmt: skip
 
 
 def test_a_damaged_or_incomplete_run_is_refused(copy: Path, tmp_path: Path) -> None:

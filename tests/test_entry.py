@@ -13,6 +13,8 @@ from runs import PLAIN, QUICK, SCRIPT, Patch, Printed, copied, data_of, plan_of,
 
 import cmi_pipeline as cmi
 
+COMPETITION = "cmi-detect-behavior-with-sensor-data"
+
 
 def test_an_argument_wins(plain: Path, tmp_path: Path, capsys: Printed) -> None:
     where = {"CMI_DATA_DIR": str(data_of(plain)), "PLAN_ONLY": "off"}
@@ -96,9 +98,6 @@ def plan_there(kaggle: Path, capsys: Printed, **settings: str) -> str:
     assert run_here(kaggle.parent / "unused", **(where | settings)) is None
     assert not (kaggle.parent / "unused").exists()
     return capsys.readouterr().out
-
-
-COMPETITION = "cmi-detect-behavior-with-sensor-data"
 
 
 @pytest.mark.parametrize("below", [COMPETITION, f"competitions/{COMPETITION}"])

@@ -20,6 +20,38 @@ from runs import ALIKE, PLAIN, QUICK, Printed, Road, Running, config, copied, da
 
 import cmi_pipeline as cmi
 
+MOMENTS = """.simulated-*/* simulated-*/test.csv recordings-*.npz folds.csv lgbm_models/all/*
+lgbm_models/all/fold01* lgbm_models/imu/fold01* lgbm_models/bundle.json oof/oof_lgbm_*
+checkpoints/torch/all/* torch_models/all/*_train.csv torch_models/all/*.pt torch_models/imu/*
+oof/oof_torch_* checkpoints/keras/all/* keras_models/all/*_train.csv keras_models/imu/*
+oof/oof_keras_* ensemble/weights.json submission.parquet"""  # files just written
+FREE = re.compile(  # another value must not train anything again
+    "strict|frame_cache|(torch|keras)_(amp|data_par|threads|mp|policy|jit)|dl_num|ensemble|subject_as|"
+    "log_|print_|feature_log|save_|use_t|cmi_|dask|ray|sim_|fail_if|plan_only|serve_only|kaggle_is"
+)
+SHARED = {
+    ("lgbm", "torch", "keras"): "seed n_folds upside_down modality_dropout_prob",
+    ("torch", "keras"): "fixed_pad_len pad_len_percentile stretch_prob shift_prob jitter_prob "
+    "mixup_prob time_mask_prob channel_mask_prob",
+    ("torch",): "use_focal_loss",
+}  # who has to learn again; of any other setting, whose name it carries
+APART = {"cmi_data_dir", "output_path", "ckpt_base_dir", "torch_seeds", "resume", "resume_torch",
+         "resume_keras", "no_rotation"} | {  # tested one by one
+    form.format(m) for m in cmi.MEMBERS for form in ("use_{}", "force_train_{}", "{}_bundle_path")
+}  # fmt: skip
+OTHER = {"n_folds": 3, "lgbm_es_metric": "score", "keras_policy": "mixed_float16",
+         "ensemble_search": "score", "ensemble_weights": "lgbm:1", "ensemble_temperature": 2.0,
+         "subject_assignment": "0", "cmi_backend": "dask"}  # fmt: skip
+Plan = dict[tuple[str, str], cmi.PlanItem]
+FOLDS: tuple[tuple[Callable[[str], str], str], ...] = (
+    (lambda t: t.replace(",0\n", ",1\n", 1), "some subject is in two folds"),
+    (lambda t: t.replace(",0\n", ",-1\n"), "its folds are not 0 … 1"),
+    (lambda t: t[: len(t) // 2], "of other data"),
+    (lambda t: t.replace(",0\n", ",zero\n", 1), "zero"),
+    (lambda t: t.replace("sequence_id", "id"), "sequence_id"),
+    (lambda _: "\0" * 999, ""),
+)
+
 
 def one_line(text: str | None, *words: str) -> None:
     """What a run ended with is a single line that holds these words."""
@@ -27,13 +59,6 @@ def one_line(text: str | None, *words: str) -> None:
     assert text.startswith("cmi_pipeline: ")
     assert text.strip().count("\n") == 0
     assert [word for word in words if word not in text] == [], text
-
-
-MOMENTS = """.simulated-*/* simulated-*/test.csv recordings-*.npz folds.csv lgbm_models/all/*
-lgbm_models/all/fold01* lgbm_models/imu/fold01* lgbm_models/bundle.json oof/oof_lgbm_*
-checkpoints/torch/all/* torch_models/all/*_train.csv torch_models/all/*.pt torch_models/imu/*
-oof/oof_torch_* checkpoints/keras/all/* keras_models/all/*_train.csv keras_models/imu/*
-oof/oof_keras_* ensemble/weights.json submission.parquet"""  # files just written
 
 
 @pytest.mark.slow
@@ -83,25 +108,6 @@ def test_kills_and_ctrl_c_change_nothing(plain: Path, tmp_path: Path) -> None:
     runs.same_outcome(plain, out, "lgbm")
 
 
-FREE = re.compile(  # another value must not train anything again
-    "strict|frame_cache|(torch|keras)_(amp|data_par|threads|mp|policy|jit)|dl_num|ensemble|subject_as|"
-    "log_|print_|feature_log|save_|use_t|cmi_|dask|ray|sim_|fail_if|plan_only|serve_only|kaggle_is"
-)
-SHARED = {
-    ("lgbm", "torch", "keras"): "seed n_folds upside_down modality_dropout_prob",
-    ("torch", "keras"): "fixed_pad_len pad_len_percentile stretch_prob shift_prob jitter_prob "
-    "mixup_prob time_mask_prob channel_mask_prob",
-    ("torch",): "use_focal_loss",
-}  # who has to learn again; of any other setting, whose name it carries
-APART = {"cmi_data_dir", "output_path", "ckpt_base_dir", "torch_seeds", "resume", "resume_torch",
-         "resume_keras", "no_rotation"} | {  # tested one by one
-    form.format(m) for m in cmi.MEMBERS for form in ("use_{}", "force_train_{}", "{}_bundle_path")
-}  # fmt: skip
-OTHER = {"n_folds": 3, "lgbm_es_metric": "score", "keras_policy": "mixed_float16",
-         "ensemble_search": "score", "ensemble_weights": "lgbm:1", "ensemble_temperature": 2.0,
-         "subject_assignment": "0", "cmi_backend": "dask"}  # fmt: skip
-
-
 def learners(name: str) -> set[str]:
     """Members that another value of a setting trains again."""
     if FREE.match(name):
@@ -118,9 +124,6 @@ def another(name: str, value: Any) -> Any:
     if isinstance(value, float):
         return 0.9 * value or 0.5
     return OTHER.get(name, 1.0 if name.startswith("ensemble_w_") else "1")
-
-
-Plan = dict[tuple[str, str], cmi.PlanItem]
 
 
 def planned(out: Path, data: cmi.TrainingData | None = None, **changes: Any) -> Plan:
@@ -204,16 +207,6 @@ def test_touched_data_train_nothing_and_a_changed_digit_everything(out: Path) ->
     path = data_of(out) / "train_demographics.csv"
     pl.read_csv(path).with_columns(age=pl.col("age") + 1).write_csv(path)
     assert {(s.action, s.why) for s in planned(out).values()} == {("train", "data differ")}
-
-
-FOLDS: tuple[tuple[Callable[[str], str], str], ...] = (
-    (lambda t: t.replace(",0\n", ",1\n", 1), "some subject is in two folds"),
-    (lambda t: t.replace(",0\n", ",-1\n"), "its folds are not 0 … 1"),
-    (lambda t: t[: len(t) // 2], "of other data"),
-    (lambda t: t.replace(",0\n", ",zero\n", 1), "zero"),
-    (lambda t: t.replace("sequence_id", "id"), "sequence_id"),
-    (lambda _: "\0" * 999, ""),
-)
 
 
 def test_a_spoilt_folds_file_is_made_anew(out: Path, capsys: Printed) -> None:

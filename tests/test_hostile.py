@@ -20,6 +20,38 @@ import cmi_pipeline as cmi
 NAN, INF = float("nan"), float("inf")
 Spoil = Callable[[str, bytes | str], Path]
 Change = Callable[[pl.DataFrame], pl.DataFrame]
+LABELS = ([[0, 0, 10**30]], [[0, 0, -1]], [[0, 0]], [], 7, [[0.5, 0, 1]], [["a", 0, 0]],
+          [[1, 2], [1]])  # fmt: skip
+STEMS = (["../../secret"], ["/etc/passwd"], ["fold00/../fold01"], ["fold00\n"], ["fold0٣"],
+         ["fold0"], "fold00", [0], 7)  # fmt: skip
+FILES = {"/../../../folds.csv": "x"}, {".txt": "", "/../x.txt": ""}, ["x"], {}, None
+SIX = {"parts": ["lgbm/all", "torch/all", "keras/all", "lgbm/imu", "torch/imu", "keras/imu"]}
+WEIGHTS = [NAN] * 6, [INF, 0, 0, 0, 0, 0], [2, -1, 0, 0, 0, 0], [1], [[1] * 6], [10**400] * 6, None
+MODES = {}, [1], {"all": None}, {"other": SIX | {"weights": [1] * 6}}
+WEARERS = {"prior": 1, "coefficients": [1.0]}, {"prior": NAN, "coefficients": [1.0] * 30}, "x"
+SPECS: tuple[dict[str, Any], ...] = (
+    {"width": 10**9}, {"width": "os.system('x')"}, {"pad_len": 10**12}, {"groups": None},
+    {"groups": [["imu", ["x"]]]}, {"table": [[0, 0, 10**12]]}, {"table": 7}, {"sd": None},
+    {"mean": [0.0]},
+)  # fmt: skip
+SCALES = (("mean", NAN), ("mean", INF), ("sd", 0.0), ("sd", NAN), ("sd", INF))
+BROKEN: dict[str, list[dict[str, Any]]] = {
+    "lgbm_models/bundle.json": [
+        *({"labels": labels} for labels in LABELS),
+        *({"modes": {"all": stems}} for stems in STEMS),
+    ],
+    "lgbm_models/all/fold00.json": [{"files": files} for files in FILES],
+    "ensemble/weights.json": [
+        *({"labels": labels} for labels in LABELS),
+        *({"modes": {"all": SIX | {"weights": weights}}} for weights in WEIGHTS),
+        *({"modes": modes} for modes in MODES),
+        *({"wearer": wearer} for wearer in WEARERS),
+        *({"capacity": capacity} for capacity in ([1], [0] * 56, [10**7] * 56, "x")),
+        *({"digests": [1]}, {"assignment": [1]}),
+    ],
+    "torch_models/imu/fold01_spec.json": [*SPECS],
+}
+Answered = Callable[[str, Change, Change], bool]
 
 
 @pytest.fixture(scope="module")
@@ -93,39 +125,6 @@ def live_pickle(marker: Path, protocol: int = 4) -> bytes:
     raw = pickle.dumps(Payload(marker), protocol)
     proven(marker, lambda: pickle.loads(raw).close())
     return raw
-
-
-LABELS = ([[0, 0, 10**30]], [[0, 0, -1]], [[0, 0]], [], 7, [[0.5, 0, 1]], [["a", 0, 0]],
-          [[1, 2], [1]])  # fmt: skip
-STEMS = (["../../secret"], ["/etc/passwd"], ["fold00/../fold01"], ["fold00\n"], ["fold0٣"],
-         ["fold0"], "fold00", [0], 7)  # fmt: skip
-FILES = {"/../../../folds.csv": "x"}, {".txt": "", "/../x.txt": ""}, ["x"], {}, None
-SIX = {"parts": ["lgbm/all", "torch/all", "keras/all", "lgbm/imu", "torch/imu", "keras/imu"]}
-WEIGHTS = [NAN] * 6, [INF, 0, 0, 0, 0, 0], [2, -1, 0, 0, 0, 0], [1], [[1] * 6], [10**400] * 6, None
-MODES = {}, [1], {"all": None}, {"other": SIX | {"weights": [1] * 6}}
-WEARERS = {"prior": 1, "coefficients": [1.0]}, {"prior": NAN, "coefficients": [1.0] * 30}, "x"
-SPECS: tuple[dict[str, Any], ...] = (
-    {"width": 10**9}, {"width": "os.system('x')"}, {"pad_len": 10**12}, {"groups": None},
-    {"groups": [["imu", ["x"]]]}, {"table": [[0, 0, 10**12]]}, {"table": 7}, {"sd": None},
-    {"mean": [0.0]},
-)  # fmt: skip
-SCALES = (("mean", NAN), ("mean", INF), ("sd", 0.0), ("sd", NAN), ("sd", INF))
-BROKEN: dict[str, list[dict[str, Any]]] = {
-    "lgbm_models/bundle.json": [
-        *({"labels": labels} for labels in LABELS),
-        *({"modes": {"all": stems}} for stems in STEMS),
-    ],
-    "lgbm_models/all/fold00.json": [{"files": files} for files in FILES],
-    "ensemble/weights.json": [
-        *({"labels": labels} for labels in LABELS),
-        *({"modes": {"all": SIX | {"weights": weights}}} for weights in WEIGHTS),
-        *({"modes": modes} for modes in MODES),
-        *({"wearer": wearer} for wearer in WEARERS),
-        *({"capacity": capacity} for capacity in ([1], [0] * 56, [10**7] * 56, "x")),
-        *({"digests": [1]}, {"assignment": [1]}),
-    ],
-    "torch_models/imu/fold01_spec.json": [*SPECS],
-}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -235,9 +234,6 @@ def test_lightgbm_texts_that_are_not_whole_are_refused(bundles: Path, spoil: Spo
             print(text[-300:], load(bundles, "lgbm", "all"))
     spoil(name, whole)
     assert len(load(bundles, "lgbm", "all")) == 2
-
-
-Answered = Callable[[str, Change, Change], bool]
 
 
 @pytest.fixture(scope="module")

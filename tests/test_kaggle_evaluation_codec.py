@@ -21,6 +21,31 @@ from runs import ROOT
 from kaggle_evaluation.core import relay
 from kaggle_evaluation.core.generated import kaggle_evaluation_pb2 as pb
 
+SIXTY_FOUR_BITS = st.integers(-(2**63), 2**63 - 1)
+ROUNDED = [0.1, 1e300, -1e300, 1e-60, -0.0, float("inf"), -float("inf")]
+PLAIN = st.none() | st.booleans() | SIXTY_FOUR_BITS | st.floats() | st.text(max_size=20)
+SCALARS = [np.float64(1e300), np.float32(0.1), np.float16(2), np.int8(-1), np.uint64(2**64 - 1)]
+SCALARS += [np.bool_(1), np.complex64(1j), np.float64("nan")]
+ARRAYS = [np.zeros((0, 3)), np.arange(6, dtype=">i4").reshape(2, 3), np.array(["a", "ü€😀"])]
+ARRAYS += [np.array(7), np.array([("x", 1)], dtype=[("name", "U5"), ("n", "<i8")])]
+ARRAYS += [np.asfortranarray(np.random.default_rng(0).normal(size=(4, 5))), np.array([np.nan])]
+OTHER_PACKAGE = """
+from google.protobuf import descriptor_pb2, descriptor_pool
+file = descriptor_pb2.FileDescriptorProto(
+    name="kaggle_evaluation.proto", package="kaggle_evaluation_client", syntax="proto3")
+field = file.message_type.add(name="Payload").field.add(name="other", number=1, label=1, type=9)
+descriptor_pool.Default().AddSerializedFile(file.SerializeToString())
+"""
+OURS = """
+from kaggle_evaluation.core import relay
+request = relay.Client().serialize_request("predict", 1, "x", k=2.5)
+expected = "0a07707265646963741202180212030a01781a0a0a016b12052500002040"
+assert request.SerializeToString().hex() == expected
+"""
+
+
+PURE = {"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
+
 
 def there_and_back(value: object) -> object:
     """What the other side receives."""
@@ -68,11 +93,6 @@ def by_hand(value: object) -> bytes:
     raise AssertionError(value)
 
 
-SIXTY_FOUR_BITS = st.integers(-(2**63), 2**63 - 1)
-ROUNDED = [0.1, 1e300, -1e300, 1e-60, -0.0, float("inf"), -float("inf")]
-PLAIN = st.none() | st.booleans() | SIXTY_FOUR_BITS | st.floats() | st.text(max_size=20)
-
-
 def deeper(inner: st.SearchStrategy) -> st.SearchStrategy:
     """A map has one entry: maps have no order."""
     lists, keys = st.lists(inner, max_size=4), st.text(max_size=5)
@@ -89,13 +109,6 @@ def test_plain_values_have_the_bytes_worked_out_by_hand_and_are_read_from_them(v
     assert by_hand(relay._deserialize(pb.Payload.FromString(wire))) == wire
     if "nan" not in repr(value):  # it may carry any bits
         assert relay._serialize(value).SerializeToString() == wire
-
-
-SCALARS = [np.float64(1e300), np.float32(0.1), np.float16(2), np.int8(-1), np.uint64(2**64 - 1)]
-SCALARS += [np.bool_(1), np.complex64(1j), np.float64("nan")]
-ARRAYS = [np.zeros((0, 3)), np.arange(6, dtype=">i4").reshape(2, 3), np.array(["a", "ü€😀"])]
-ARRAYS += [np.array(7), np.array([("x", 1)], dtype=[("name", "U5"), ("n", "<i8")])]
-ARRAYS += [np.asfortranarray(np.random.default_rng(0).normal(size=(4, 5))), np.array([np.nan])]
 
 
 def test_byte_streams():
@@ -238,24 +251,6 @@ def test_nesting_ends_where_readers_give_up():
         response = blob(1, relay._serialize(deepest).SerializeToString())
         received = pb.KaggleEvaluationResponse.FromString(response)
         assert relay._deserialize(received.payload) == deepest
-
-
-OTHER_PACKAGE = """
-from google.protobuf import descriptor_pb2, descriptor_pool
-file = descriptor_pb2.FileDescriptorProto(
-    name="kaggle_evaluation.proto", package="kaggle_evaluation_client", syntax="proto3")
-field = file.message_type.add(name="Payload").field.add(name="other", number=1, label=1, type=9)
-descriptor_pool.Default().AddSerializedFile(file.SerializeToString())
-"""
-OURS = """
-from kaggle_evaluation.core import relay
-request = relay.Client().serialize_request("predict", 1, "x", k=2.5)
-expected = "0a07707265646963741202180212030a01781a0a0a016b12052500002040"
-assert request.SerializeToString().hex() == expected
-"""
-
-
-PURE = {"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
 
 
 @pytest.mark.parametrize("implementation", [{}, PURE])

@@ -28,6 +28,43 @@ from kaggle_evaluation.metric import competition_score
 SENSORS = ["thm_1", "thm_2", "tof_1_v0", "tof_5_v63"]
 T1, T2, N1, N2 = *TARGETS[:2], *OTHERS[:2]
 CODE = st.integers(0, 17)
+NOTEBOOK = """
+import os, sys, time
+import polars as pl
+{before}
+from kaggle_evaluation.cmi_inference_server import CMIInferenceServer
+
+calls = 0
+
+def predict(sequence, demographics):
+    global calls
+    calls += 1
+    open("scratch.txt", "a").write(sequence["sequence_id"][0])
+    {predict}
+    return "Text on phone" if sequence["thm_1"].is_null().all() else "{target}"
+
+{serve}
+"""
+SERVE = """
+server = CMIInferenceServer(predict)
+if os.getenv("KAGGLE_IS_COMPETITION_RERUN"):
+    server.serve()
+"""
+SHOWN = {1: "Notebook Inference Server Never Started", 6: "Submission Scoring Error"}
+SERVER_ERROR = "Notebook Inference Server Error"
+STALLS = "time.sleep(0 if calls == 1 else 60)"
+TEXT = "return sequence['thm_1'].mean() + 'x'"
+DIES = "The notebook ended with status 1 before it served. "
+SERVES_ANOTHER = SERVE.replace("(predict)", "(print)")
+WRONG = {
+    "--test-dir nowhere notebook.py": "is missing",
+    "--test-dir {} missing.py": "no Python script",
+    "--test-dir {} --truth no.csv notebook.py": "--truth",
+    "--test-dir {} --truth half.csv notebook.py": "lacks 3 recordings",
+    "--test-dir {} --truth twice.csv notebook.py": "more than one",
+    "--test-dir {} --working-dir nowhere notebook.py": "--working-dir",
+    "--test-dir empty notebook.py": "no rows",
+}
 
 
 @settings(max_examples=40, deadline=None)
@@ -92,30 +129,6 @@ def test_half_of_the_recordings_lose_their_sensors_and_labels_go(test_dir, tmp_p
     assert pl.read_csv(tmp_path / "test.csv").equals(given)
 
 
-NOTEBOOK = """
-import os, sys, time
-import polars as pl
-{before}
-from kaggle_evaluation.cmi_inference_server import CMIInferenceServer
-
-calls = 0
-
-def predict(sequence, demographics):
-    global calls
-    calls += 1
-    open("scratch.txt", "a").write(sequence["sequence_id"][0])
-    {predict}
-    return "Text on phone" if sequence["thm_1"].is_null().all() else "{target}"
-
-{serve}
-"""
-SERVE = """
-server = CMIInferenceServer(predict)
-if os.getenv("KAGGLE_IS_COMPETITION_RERUN"):
-    server.serve()
-"""
-
-
 def dry_run_of(
     test_dir: Path, *arguments: str, before: str = "", predict: str = "", serve: str = SERVE
 ) -> tuple[int, str, dict]:
@@ -148,14 +161,6 @@ def test_a_notebook_that_passes_is_scored(test_dir):
     assert re.search(r"verdict +passed: 4 valid answers", output)
     assert "recordings=4  imu_only=2" in output
     assert "for 3500 recordings of 9h00m" in output
-
-
-SHOWN = {1: "Notebook Inference Server Never Started", 6: "Submission Scoring Error"}
-SERVER_ERROR = "Notebook Inference Server Error"
-STALLS = "time.sleep(0 if calls == 1 else 60)"
-TEXT = "return sequence['thm_1'].mean() + 'x'"
-DIES = "The notebook ended with status 1 before it served. "
-SERVES_ANOTHER = SERVE.replace("(predict)", "(print)")
 
 
 @pytest.mark.parametrize(
@@ -230,17 +235,6 @@ def test_servers_elsewhere_are_not_asked(test_dir):
     for server in servers:
         server.stop(0)
     assert (status, result["ErrorType"]) == (1, 1)
-
-
-WRONG = {
-    "--test-dir nowhere notebook.py": "is missing",
-    "--test-dir {} missing.py": "no Python script",
-    "--test-dir {} --truth no.csv notebook.py": "--truth",
-    "--test-dir {} --truth half.csv notebook.py": "lacks 3 recordings",
-    "--test-dir {} --truth twice.csv notebook.py": "more than one",
-    "--test-dir {} --working-dir nowhere notebook.py": "--working-dir",
-    "--test-dir empty notebook.py": "no rows",
-}
 
 
 def test_wrong_arguments(test_dir, monkeypatch, capsys):

@@ -23,6 +23,8 @@ SENSORS = [*THM, *TOF]
 HEADER = ["row_id", "sequence_id", "sequence_counter", "subject", *ACC, *ROT, *SENSORS]
 PEOPLE = "SUBJ_A,1,25,1,1,165.0,52,23.0\nSUBJ_B,0,13,0,1,177.5,52,27.0\n"
 DEMOGRAPHICS = ",".join(["subject", *PERSON]) + "\n" + PEOPLE
+RAISED, INVALID = Kind.SERVER_RAISED_EXCEPTION, Kind.INVALID_SUBMISSION
+TRACEBACK = r"predict failed:\nTraceback"
 
 
 def write_lines(folder: Path, lines: list[str], demographics: str) -> tuple[str, str]:
@@ -227,10 +229,6 @@ def test_a_server_runs_again_and_is_itself_asked_where_another_one_serves(paths,
         os.remove("submission.parquet")
     assert other.server.port == own_ports[0]
     other.server.stop(0)
-
-
-RAISED, INVALID = Kind.SERVER_RAISED_EXCEPTION, Kind.INVALID_SUBMISSION
-TRACEBACK = r"predict failed:\nTraceback"
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,9 @@ server.serve()
 print(server.server.port, flush=True)
 sys.stdin.read()
 """
+MISSING = "fail() missing 1 required positional argument: 'text'"
+RAISED = (("fail", ""), ""), (("fail", "two\nlines"), "two\nlines"), (("fail",), MISSING)
+RAISED += (("leave", 1), "SystemExit: 1"), (("fail_with_a_lone_surrogate",), "\\ud800")
 
 
 @contextmanager
@@ -100,11 +103,6 @@ def test_values_reach_the_function_and_come_back_also_far_beyond_the_default_lim
     assert args[:4] == [1, "x", None, (2.5, [True])]
     assert args[4].equals(frame)
     assert kwargs == {"key": {"n": [1]}}
-
-
-MISSING = "fail() missing 1 required positional argument: 'text'"
-RAISED = (("fail", ""), ""), (("fail", "two\nlines"), "two\nlines"), (("fail",), MISSING)
-RAISED += (("leave", 1), "SystemExit: 1"), (("fail_with_a_lone_surrogate",), "\\ud800")
 
 
 def test_exceptions_reach_the_client_with_their_text(client):

@@ -11,6 +11,18 @@ import pytest
 import runs
 from runs import ALIKE, PLAIN, QUICK, Patch, Road, Running, data_of, run_here
 
+SLOW = ("loky", "1"), ("threading", "1"), ("dask", "0"), ("ray", "0")
+SLOW = [pytest.param(*words, marks=pytest.mark.slow) for words in SLOW]
+PACKAGES = {"dask": "distributed", "ray": "ray"}
+CLUSTER = """
+import sys
+from distributed import LocalCluster
+if __name__ == "__main__":
+    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
+        print("cluster", cluster.scheduler_address, flush=True)
+        sys.stdin.read()
+"""
+
 
 def start(road: Road, out: Path, **settings: str) -> Running:
     """The pipeline as a script with two workers, on the data of the full run."""
@@ -26,11 +38,6 @@ def assert_same(road: Road, out: Path, *members: str) -> None:
     for path in models:
         assert path.read_bytes() == (road[0] / path.relative_to(out)).read_bytes(), path
     assert (out / "submission.parquet").is_file()
-
-
-SLOW = ("loky", "1"), ("threading", "1"), ("dask", "0"), ("ray", "0")
-SLOW = [pytest.param(*words, marks=pytest.mark.slow) for words in SLOW]
-PACKAGES = {"dask": "distributed", "ray": "ray"}
 
 
 @pytest.mark.parametrize(("backend", "keras"), [("loky", "0"), *SLOW])
@@ -75,16 +82,6 @@ def test_a_backend_that_is_absent_is_named(plain: Path, tmp_path: Path, monkeypa
         line = run_here(tmp_path / "out", CMI_BACKEND=backend, **QUICK, **where) or ""
         assert line.startswith(f"cmi_pipeline: CMI_BACKEND={backend} needs a package: ")
         assert package in line
-
-
-CLUSTER = """
-import sys
-from distributed import LocalCluster
-if __name__ == "__main__":
-    with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-        print("cluster", cluster.scheduler_address, flush=True)
-        sys.stdin.read()
-"""
 
 
 def test_a_dask_cluster_gives_the_same_bytes(road: Road, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import cmi_pipeline as cmi
 EVERY = np.ones(2, bool)
 MAPS = {"MIRROR": np.diag([-1.0, 1, 1]), "HALF_TURN": np.diag([-1.0, -1, 1])}
 ARRAYS = ("start", "acc", "rot", "thm", "tof", "sequence_id", "subject", "person")
+POSES = ("z", 77, [0, 0, 1]), ("x", 90, [0, 1, 0]), ("y", 90, [-1, 0, 0]), ("x", 180, [0, 0, -1])
 
 
 def random_turns(n, seed=0):
@@ -50,9 +51,6 @@ def turning(*quaternions):
 def same(a, b):
     for name in ARRAYS:
         assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
-
-
-POSES = ("z", 77, [0, 0, 1]), ("x", 90, [0, 1, 0]), ("y", 90, [-1, 0, 0]), ("x", 180, [0, 0, -1])
 
 
 @pytest.mark.parametrize(("axis", "degrees", "felt"), POSES)

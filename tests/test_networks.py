@@ -30,6 +30,10 @@ LEARNERS: dict[str, Any] = {"torch": cmi.TorchLearner, "keras": cmi.KerasLearner
 ENDS = {"torch": ".pt", "keras": ".keras"}
 TINY = {"width": 16, "max_epochs": 8, "lr": 1e-2, "es_patience": 2, "dropout": 0.1}
 SELDOM = {"mixup": 0.1, "stretch": 0.2, "jitter": 0.2, "shift": 0.2, "modality_dropout": 0.1}
+FRAMES, LABELS = DATA = frames_to_learn()
+LOUD = dataclasses.replace(FRAMES, x=np.where(FRAMES.x > 2, FRAMES.x * 1e6, FRAMES.x))
+CODES = LABELS.table[:, 2]
+both = pytest.mark.parametrize("member", ["keras", "torch"])
 
 
 def config(member: str, **changes: Any) -> cmi.Config:
@@ -39,11 +43,6 @@ def config(member: str, **changes: Any) -> cmi.Config:
     own = {k if k in known else f"{member}_{k}": v for k, v in (TINY | plateau | changes).items()}
     shares = {f"{name}_prob": share for name, share in SELDOM.items()}
     return cmi.Config(**({"fixed_pad_len": 24, "keras_threads": 1} | shares | own))
-
-
-FRAMES, LABELS = DATA = frames_to_learn()
-LOUD = dataclasses.replace(FRAMES, x=np.where(FRAMES.x > 2, FRAMES.x * 1e6, FRAMES.x))
-CODES = LABELS.table[:, 2]
 
 
 def job_in(folder: Path, member: str, fold: int = 1, mode: str = "all", **rows: Any) -> cmi.Job:
@@ -129,9 +128,6 @@ def eager() -> Iterator[None]:
     cmi.tf.config.run_functions_eagerly(run_eagerly=True)
     yield
     cmi.tf.config.run_functions_eagerly(run_eagerly=False)
-
-
-both = pytest.mark.parametrize("member", ["keras", "torch"])
 
 
 def test_it_learns_and_tells_every_epoch(trained: Any) -> None:

@@ -26,18 +26,6 @@ from runs import (
 
 for package in ("jupytext", "nbformat", "nbclient", "ipykernel"):
     pytest.importorskip(package)
-
-
-@pytest.fixture(scope="module")
-def notebook(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """README's command, in a folder that has everything but the script."""
-    path = tmp_path_factory.mktemp("notebook") / "notebook.ipynb"
-    good(call("python", "-m", "jupytext", "--to", "notebook", "--output", path, SCRIPT))
-    shutil.copy(ROOT / "cmi_simulator.py", path.parent)
-    shutil.copytree(ROOT / "kaggle_evaluation", path.parent / "kaggle_evaluation")
-    return path
-
-
 EXECUTE = """
 import nbformat, sys
 from nbclient import NotebookClient
@@ -51,6 +39,26 @@ finally:
 
 
 Outputs = tuple[list[Any], list[Any], str]
+COMPANION = ROOT / "notebook" / "cmi.ipynb"
+IN_THIS_PROCESS = """
+import json
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+for cell in json.load(open({path!r}))["cells"]:
+    if cell["cell_type"] == "code":
+        shell.run_cell("".join(cell["source"])).raise_error()
+        print("over:", cell["id"])
+"""
+
+
+@pytest.fixture(scope="module")
+def notebook(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """README's command, in a folder that has everything but the script."""
+    path = tmp_path_factory.mktemp("notebook") / "notebook.ipynb"
+    good(call("python", "-m", "jupytext", "--to", "notebook", "--output", path, SCRIPT))
+    shutil.copy(ROOT / "cmi_simulator.py", path.parent)
+    shutil.copytree(ROOT / "kaggle_evaluation", path.parent / "kaggle_evaluation")
+    return path
 
 
 def executed(notebook: Path, out: Path, **settings: str) -> Outputs:
@@ -81,18 +89,6 @@ def test_a_mistake_is_one_clear_line_in_a_notebook_too(notebook: Path, tmp_path:
     assert [o.ename for o in shown] == ["SystemExit"]
     assert shown[0].evalue == "cmi_pipeline: 5 subjects cannot fill 9 folds; set N_FOLDS=5."
     assert "fit  " not in printed
-
-
-COMPANION = ROOT / "notebook" / "cmi.ipynb"
-IN_THIS_PROCESS = """
-import json
-from IPython.core.interactiveshell import InteractiveShell
-shell = InteractiveShell.instance()
-for cell in json.load(open({path!r}))["cells"]:
-    if cell["cell_type"] == "code":
-        shell.run_cell("".join(cell["source"])).raise_error()
-        print("over:", cell["id"])
-"""
 
 
 def test_the_companion_is_what_its_command_makes(tmp_path: Path) -> None:

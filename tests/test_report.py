@@ -31,6 +31,19 @@ STAGES = [dict(zip(COLUMNS, row, strict=True)) for row in VALUES]
 CURVES = {"all/fold00": (0.3, 0.4), "all/fold01_seed1": (0.2, 0.5), "imu/fold00": (0.6,),
           "all/fold07": (0.9,)}  # fmt: skip
 LENGTHS = np.random.default_rng(5).integers(9, 16, 72).tolist()
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
+FLAGS += ["--disable-background-networking", "--virtual-time-budget=10000", "--dump-dom"]
+MEASURE = """<script>onload = () => {
+ document.querySelectorAll("details").forEach(part => part.open = true);
+ const wide = [...document.querySelectorAll(".scroll")].filter(s => s.scrollWidth > s.clientWidth);
+ const cued = wide.filter(s => getComputedStyle(s).backgroundImage.includes("gradient"));
+ const page = document.documentElement, [paper, ink] = [getComputedStyle(page).backgroundColor,
+   getComputedStyle(document.querySelector("p")).color].map(c => c.match(/\\d+/)[0]);
+ parent.postMessage([innerWidth, page.scrollWidth, cued.length, paper, ink].join(), "*");
+}</script></body>"""
+FRAME = '<iframe src="page.html" style="border:0;width:{}px;height:2000px"></iframe>'
+HEAR = '<script>onmessage = e => document.body.append("MEASURED " + e.data + " END")</script>'
 
 
 class Page:
@@ -349,21 +362,6 @@ def test_a_real_run_has_every_part(road: Road) -> None:
         assert float(row["score"]) == pytest.approx(plain_score(truth, answer), abs=6e-5)
     curves = [image.get("alt") for image in page.parts["Learning curves"].iter("img")]
     assert curves == [f"Training of {name}" for name in dict.fromkeys(r["name"] for r in members)]
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars"]
-FLAGS += ["--disable-background-networking", "--virtual-time-budget=10000", "--dump-dom"]
-MEASURE = """<script>onload = () => {
- document.querySelectorAll("details").forEach(part => part.open = true);
- const wide = [...document.querySelectorAll(".scroll")].filter(s => s.scrollWidth > s.clientWidth);
- const cued = wide.filter(s => getComputedStyle(s).backgroundImage.includes("gradient"));
- const page = document.documentElement, [paper, ink] = [getComputedStyle(page).backgroundColor,
-   getComputedStyle(document.querySelector("p")).color].map(c => c.match(/\\d+/)[0]);
- parent.postMessage([innerWidth, page.scrollWidth, cued.length, paper, ink].join(), "*");
-}</script></body>"""
-FRAME = '<iframe src="page.html" style="border:0;width:{}px;height:2000px"></iframe>'
-HEAR = '<script>onmessage = e => document.body.append("MEASURED " + e.data + " END")</script>'
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")

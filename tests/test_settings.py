@@ -12,6 +12,16 @@ from runs import Patch, Printed
 
 import cmi_pipeline as cmi
 
+UNUSABLE = {
+    "KERAS_BATCH_SIZE='51x'": " cannot be read as int (default 512).",
+    "STRICT='maybe'": " cannot be read as bool (default False).",
+    "N_FOLDS=1": " must be from 2 to",
+    "SUBJECT_ASSIGNMENT=2": " must be one of auto, 0, 1.",
+    "MODALITY_DROPOUT_PROB=1.5": " must be from 0 to 1",
+    "KERAS_LR=nan": "",
+    "OUTPUT_PATH='~nobody-of-that-name/x'": " cannot be read as Path",
+}
+
 
 def test_environment_overrides_defaults() -> None:
     env = {"N_FOLDS": "3", "STRICT": "true", "USE_TORCH": "off", "TORCH_LR": " 2e-4 ", "HOME": "/"}
@@ -28,17 +38,6 @@ def test_environment_overrides_defaults() -> None:
     assert {"KERAS_LR", "TORCH_LR", "SEED", "STRICT"} & set(learnt) == {"KERAS_LR", "SEED"}
     words = [cmi.Config.from_env({"STRICT": w}).strict for w in ("yes", "On", "1", "No", "off")]
     assert words == [True, True, True, False, False]
-
-
-UNUSABLE = {
-    "KERAS_BATCH_SIZE='51x'": " cannot be read as int (default 512).",
-    "STRICT='maybe'": " cannot be read as bool (default False).",
-    "N_FOLDS=1": " must be from 2 to",
-    "SUBJECT_ASSIGNMENT=2": " must be one of auto, 0, 1.",
-    "MODALITY_DROPOUT_PROB=1.5": " must be from 0 to 1",
-    "KERAS_LR=nan": "",
-    "OUTPUT_PATH='~nobody-of-that-name/x'": " cannot be read as Path",
-}
 
 
 def test_a_value_that_cannot_be_used_stops_the_run() -> None:

@@ -48,6 +48,25 @@ BEHAVIOURS = {  # mean acc of all rows of the real train.csv
     "Performs gesture": (0.26, 3.40, -3.35),
 }
 MOVES, RELAXES, *_ = BEHAVIOURS
+ODD = ("left_handed", [-1.0, 1, 1], cmi.MIRROR), ("upside_down", [-1.0, -1, 1], cmi.HALF_TURN)
+REAL = (  # figures: of the real train.csv, and the tolerance of each
+    ("mean rows of recording, median rows of recording", (70.5, 59), (9, 6)),
+    ("mean rows of Performs gesture, sd rows of Performs gesture", (31.4, 3.59), (1, 1.3)),
+    ("mean rows of Hand at target location", (11.7,), (1.5,)),
+    ("median rows of Hand at target location", (8,), (2,)),
+    (f"mean rows of {RELAXES}, median rows of {MOVES}", (16.7, 28), (2, 7)),
+    ("mean acc_x, mean acc_y, mean acc_z", (1.64, 1.79, -0.46), (1.5, 1.5, 2.0)),
+    ("sd acc_x, sd acc_y, sd acc_z", (5.78, 5.00, 6.10), (0.8, 0.8, 0.8)),
+    ("mean |acc|, sd |acc|, mean rot_w", (10.01, 1.21, 0.360), (0.3, 0.3, 0.1)),
+    ("sd rot_w, sd rot_x", (0.226, 0.466), (0.06, 0.10)),
+    ("sd rot_y, sd rot_z", (0.543, 0.504), (0.10, 0.14)),
+    ("mean thm_1, sd thm_1", (27.08, 3.23), (0.9, 0.7)),
+    ("nothing tof, distance tof", (0.575, 108.2), (0.08, 14)),
+    ("valid pixels Transition, valid pixels Gesture", (116.4, 160.5), (25, 25)),
+    ("distance Transition, distance Gesture", (135.2, 116.8), (25, 14)),
+    ("nothing tof_1, nothing tof_2", (0.588, 0.629), (0.09, 0.10)),
+    ("nothing tof_3, nothing tof_4, nothing tof_5", (0.601, 0.523, 0.628), (0.09, 0.09, 0.09)),
+)
 
 
 def read(path):
@@ -211,9 +230,6 @@ def test_rotating_acc_into_the_world_finds_gravity(train):
     np.testing.assert_allclose(felt.mean(axis=0), [0, 0, 9.74], atol=0.12)
 
 
-ODD = ("left_handed", [-1.0, 1, 1], cmi.MIRROR), ("upside_down", [-1.0, -1, 1], cmi.HALF_TURN)
-
-
 @pytest.mark.parametrize(("oddity", "signs", "undo"), ODD)
 def test_other_wearers_are_what_the_pipeline_undoes(oddity, signs, undo):
     """Its maps agree with scipy and with images moved by hand, as tests/test_motion.py shows; and
@@ -303,26 +319,6 @@ def test_rhythms_are_those_of_the_gestures():
     assert 0.40 <= peak_rate("Neck - scratch")[0] <= 0.5
     assert 0.14 <= peak_rate("Above ear - pull hair")[0] <= 0.26
     assert peak_rate("Cheek - pinch skin")[1] < 0.06  # none stands out
-
-
-REAL = (  # figures: of the real train.csv, and the tolerance of each
-    ("mean rows of recording, median rows of recording", (70.5, 59), (9, 6)),
-    ("mean rows of Performs gesture, sd rows of Performs gesture", (31.4, 3.59), (1, 1.3)),
-    ("mean rows of Hand at target location", (11.7,), (1.5,)),
-    ("median rows of Hand at target location", (8,), (2,)),
-    (f"mean rows of {RELAXES}, median rows of {MOVES}", (16.7, 28), (2, 7)),
-    ("mean acc_x, mean acc_y, mean acc_z", (1.64, 1.79, -0.46), (1.5, 1.5, 2.0)),
-    ("sd acc_x, sd acc_y, sd acc_z", (5.78, 5.00, 6.10), (0.8, 0.8, 0.8)),
-    ("mean |acc|, sd |acc|, mean rot_w", (10.01, 1.21, 0.360), (0.3, 0.3, 0.1)),
-    ("sd rot_w, sd rot_x", (0.226, 0.466), (0.06, 0.10)),
-    ("sd rot_y, sd rot_z", (0.543, 0.504), (0.10, 0.14)),
-    ("mean thm_1, sd thm_1", (27.08, 3.23), (0.9, 0.7)),
-    ("nothing tof, distance tof", (0.575, 108.2), (0.08, 14)),
-    ("valid pixels Transition, valid pixels Gesture", (116.4, 160.5), (25, 25)),
-    ("distance Transition, distance Gesture", (135.2, 116.8), (25, 14)),
-    ("nothing tof_1, nothing tof_2", (0.588, 0.629), (0.09, 0.10)),
-    ("nothing tof_3, nothing tof_4, nothing tof_5", (0.601, 0.523, 0.628), (0.09, 0.09, 0.09)),
-)
 
 
 @pytest.fixture(scope="module")
