@@ -61,7 +61,6 @@ def alone(work: Callable[..., Any], *args: Any) -> Any:
 
 
 def seconds(work: Callable[..., object], *args: Any) -> float:
-    """How long it takes."""
     began = time.perf_counter()
     work(*args)
     return time.perf_counter() - began
@@ -191,7 +190,6 @@ def fit_fold(
 
 
 def at_work(name: str, subjects: int) -> tuple[float, float, float]:
-    """Seconds, processor seconds and peak memory (GB) of one stage on so many subjects."""
     with tempfile.TemporaryDirectory() as scratch:
         cfg = cmi.Config(output_path=Path(scratch), torch_max_epochs=1, keras_max_epochs=1)
         data = training_data(subjects, cfg)

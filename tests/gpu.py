@@ -41,8 +41,6 @@ Info = dict[str, Any]
 
 
 class Scale(NamedTuple):
-    """How much is asked."""
-
     subjects: int
     recordings: int  # of each subject
     epochs: int
@@ -93,7 +91,6 @@ def fit(
 
 
 def epochs_of(out: Path, member: str) -> list[Info]:
-    """A training's epochs, as they stand in its log."""
     path = out / "logs" / f"{member}_progress.jsonl"
     return [json.loads(line) for line in path.open()] if path.exists() else []
 
@@ -168,7 +165,6 @@ class Check:
         return process, out
 
     def result(self, process: SpawnProcess, out: Path) -> Info:
-        """What it left, once it has ended well."""
         process.join(150)
         if process.exitcode != 0:
             raise RuntimeError(f"its process ended with {process.exitcode}, see the error above")
@@ -356,7 +352,6 @@ def run_part(part: Part, check: Check) -> list[Row]:
 
 
 def main() -> int:
-    """The table, on the screen; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parts = {part.__name__: part for part in PARTS}
     parser.add_argument("parts", nargs="*", choices=[*parts, []], default=[])

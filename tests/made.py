@@ -61,12 +61,10 @@ def changed(rec, **arrays):
 
 
 def alone(rec, i):
-    """Recording i by itself, its arrays copied."""
     return joined([rec.part(i, i + 1)])
 
 
 def joined(parts):
-    """Recordings one after the other."""
     start = np.r_[0, np.cumsum(np.concatenate([np.diff(p.start) for p in parts]))].astype(np.int64)
     names = ("acc", "rot", "thm", "tof", "sequence_id", "subject", "person")
     return cmi.Recordings(start, *(np.concatenate([getattr(p, n) for p in parts]) for n in names))

@@ -2,7 +2,6 @@
 
     python tests/mutate.py                       # all of them
     python tests/mutate.py --random 10 --seed 3  # some, the same ones for the same seed
-    python tests/mutate.py --list                # what there is
     python tests/mutate.py "gravity sign"        # by name
 
 A fault is an exact text, which must occur once however its lines are broken, the text that takes its
@@ -21,7 +20,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 FILE = "cmi_pipeline.py"
@@ -191,11 +190,9 @@ def run_tests(source: str, files: list[str], *options: str) -> tuple[int, str]:
                 shutil.copy2(ROOT / name, Path(folder) / name)
         (Path(folder) / FILE).write_text(source)
         command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", *options]
+        how: Any = {"cwd": folder, "env": env | {"TMPDIR": folder}, "timeout": LIMIT}
         try:
-            done = subprocess.run(
-                [*command, *files], cwd=folder, capture_output=True, text=True, timeout=LIMIT,
-                env=env | {"TMPDIR": folder},
-            )  # fmt: skip
+            done = subprocess.run([*command, *files], capture_output=True, text=True, **how)
         except subprocess.TimeoutExpired:
             return 124, "it took too long"
     return done.returncode, done.stdout + done.stderr
@@ -211,7 +208,6 @@ def try_fault(fault: Fault, source: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("names", nargs="*", help="faults to plant; all if none is named")
-    parser.add_argument("--list", action="store_true", help="list the faults and stop")
     parser.add_argument("--random", type=int, metavar="N", help="only N of them")
     parser.add_argument("--of", help="only those that tests of these files should notice")
     parser.add_argument("--seed", default="0", help="which N: the same seed, the same ones")
@@ -223,9 +219,6 @@ def main() -> int:
         faults = [f for f in faults if set(f.tests.split()) <= set(args.of.split(","))]
     if args.random is not None:
         faults = random.Random(args.seed).sample(faults, min(args.random, len(faults)))
-    if args.list:
-        print("\n".join(f"{fault.name:<52} {fault.tests}" for fault in faults))
-        return 0
     planted = {fault.name: plant(source, fault) for fault in FAULTS}  # all: none may be stale
     status, printed = run_tests(source, sorted({file for fault in faults for file in fault.files}))
     if status:

@@ -1,7 +1,6 @@
 """How far real recordings believe the simulator: what tells them apart, and what carries over.
 
     python tests/realism.py --real FOLDER              # or CMI_REAL_DATA=FOLDER
-    python tests/realism.py --real FOLDER --hold-out SUBJ_021670
 
 FOLDER holds CSV files with the competition's columns, at any depth, sensors that were not recorded
 left out, and a train_demographics.csv. Three parts are printed:
@@ -44,6 +43,7 @@ CONFUSIONS = (  # truth, answer, share of the truth on the real data, imu
     ("Eyebrow - pull hair", "Cheek - pinch skin", 0.13),
     ("Cheek - pinch skin", "Neck - pinch skin", 0.13),
 )
+Array, Table = np.ndarray, cmi.FeatureTable
 LADDER = "real: statistics .704 imu, features .73-.79 imu, one network .810 imu and .855 all"
 
 
@@ -67,7 +67,6 @@ def read_real(folder: Path) -> tuple[cmi.Recordings, np.ndarray] | None:
 
 
 def simulated(folder: Path, subjects: int, seed: int) -> cmi.Recordings:
-    """Simulated training recordings, canonical as in the pipeline."""
     cmi_simulator.simulate(folder, subjects=subjects, test_subjects=1, seed=seed)
     rec = cmi.read_train(folder)
     upside_down, _ = cmi.find_upside_down(rec, split_by(rec.subject, 5), cmi.Config())
@@ -100,7 +99,6 @@ def plain_statistics(rec: cmi.Recordings) -> np.ndarray:
 
 
 def fit_predict(x: np.ndarray, y: np.ndarray, unseen: np.ndarray) -> np.ndarray:
-    """Probabilities of the gestures for `unseen`, by boosters of the pipeline's own kind."""
     cfg = cmi.Config()
     data = lgb.Dataset(x, y, params={"max_bin": 63, "verbosity": -1})
     params = cmi.lgbm_params(cfg, len(cmi.GESTURES), len(x), 0) | {"num_threads": 2}
@@ -167,17 +165,16 @@ def transfer_line(name: str, proba: np.ndarray, truth: np.ndarray) -> None:
     print(f"transfer {name:24s} n={len(truth):3d}  {said}")
 
 
-def transfer(
-    rec: cmi.Recordings, truth: np.ndarray, real: cmi.FeatureTable, made: cmi.FeatureTable,
-    gesture: np.ndarray, apart: list[str],
-) -> None:  # fmt: skip
-    """Real recordings named by boosters that saw simulated ones only."""
+def transfer(rec: cmi.Recordings, truth: Array, real: Table, made: Table, gesture: Array) -> None:
+    """Real recordings named by boosters that saw simulated ones only; apart those of a wearer of ten
+    or more."""
     imu, seen = in_imu(made), whole(rec)
     motion = fit_predict(made.x[:, imu], gesture, real.x[:, imu])
     transfer_line("imu", motion, truth)
-    names = zip(*np.unique(rec.subject, return_counts=True), strict=True)
-    for name in apart or [str(n) for n, count in names if count >= 10]:
+    for name in np.unique(rec.subject):
         own = rec.subject == name
+        if own.sum() < 10:
+            continue
         for label, rows in ((f"imu, {name}", own), ("imu, the others", ~own)):
             if rows.any():
                 transfer_line(label, motion[rows], truth[rows])
@@ -218,7 +215,6 @@ def main() -> None:
     parser.add_argument("--real", type=Path, default=os.environ.get("CMI_REAL_DATA") or None)
     parser.add_argument("--subjects", type=int, default=36, help="simulated (36)")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--hold-out", nargs="*", default=[], help="wearers with lines of their own")
     given, began = parser.parse_args(), time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -232,7 +228,7 @@ def main() -> None:
                     pick = like(truth[rows], made.labels.gesture, 8, given.seed)
                     who = np.concatenate([real.subject[rows], made.subject[pick]])
                     two_sample(seen.take(rows), table.take(pick), who, kinds)
-            transfer(real, truth, seen, table, made.labels.gesture, given.hold_out)
+            transfer(real, truth, seen, table, made.labels.gesture)
         else:
             print("two-sample and transfer skipped: --real or CMI_REAL_DATA names no recordings")
         order_of_models(made, table)

@@ -34,7 +34,6 @@ def repaired(rot):
 
 
 def guessed_up(acc):
-    """Direction of the running median of 15 rows."""
     slow = np.array([np.nanmedian(acc[max(0, t - 7) : t + 8], axis=0) for t in range(len(acc))])
     return slow / np.linalg.norm(slow, axis=1, keepdims=True)
 
@@ -131,7 +130,6 @@ def signals(rec, i):
 
 
 def still(x):
-    """Is this constant, but for rounding?"""
     x = x[~np.isnan(x)]
     return len(x) == 0 or np.std(x) <= 1e-7 * abs(np.mean(x))
 
@@ -165,7 +163,6 @@ def statistics(name, x, moves):
 
 
 def compass(m):
-    """Where the world's axes point, seen from the device."""
     out = {}
     for name in ("north", "west"):
         for k, a in enumerate("xyz"):
@@ -244,7 +241,6 @@ def echoes(s):
 
 
 def histograms(s):
-    """Shares of steps in bins."""
     out = {}
     wide, turn = (-4, -1, -0.25, 0.25, 1, 4), (-2, -0.5, -0.1, 0.1, 0.5, 2)
     for name, edges in (("acc_x", wide), ("acc_y", wide), ("acc_z", wide), ("omega_mag", turn)):
@@ -257,7 +253,6 @@ def histograms(s):
 
 
 def nearby(s):
-    """Thermopiles and ToF sensors."""
     out = {}
     warm = np.stack([s[f"thm_{k}"] for k in SENSORS])[:, -LAST:]
     warmest = [np.nanargmax(row) + 1 for row in warm.T if np.isfinite(row).any()]
@@ -275,7 +270,6 @@ def nearby(s):
 
 
 def about(rec, i, s):
-    """Wearer and presence."""
     adult, age, sex, _, height, arm, forearm = (float(v) for v in rec.person[i])
     out = {"adult_child": adult, "age": age, "sex": sex, "height_cm": height}
     out |= {"shoulder_to_wrist_cm": arm, "elbow_to_wrist_cm": forearm}

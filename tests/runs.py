@@ -54,8 +54,6 @@ def environment(out: Path, **settings: str) -> dict[str, str]:
 
 
 class Details:
-    """What a run that follows writes into the log of its folder."""
-
     def __init__(self, out: Path) -> None:
         self.log = out / "logs" / "run.log"
         self.before = len(self.all())
@@ -127,7 +125,6 @@ def data_of(out: Path) -> Path:
 
 
 def copied(folder: Path, to: Path, *without: str) -> Path:
-    """A copy, to be spoilt."""
     return Path(shutil.copytree(folder, to, ignore=shutil.ignore_patterns(*without)))
 
 
@@ -220,6 +217,5 @@ class Running:
         assert self.process.wait(30) == -signal.SIGKILL, "it had ended by itself"
 
     def end(self, secs: float = 600) -> str:
-        """Wait for a good end; what it printed."""
         assert self.process.wait(secs) == 0, self.printed[-3000:]
         return self.printed

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,22 +23,15 @@ import polars as pl
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from runs import SCRIPT, Question, environment, free_ports, good, questions, run
+from test_hostile import ANSWERED, REFUSED
 
 import cmi_pipeline as cmi
 import cmi_simulator
 from kaggle_evaluation.core import relay
 
 WARM, MEMORY_LIMIT = 200, 100  # answers after which nothing may grow; MB
-DAMAGE: tuple[Callable[[pl.DataFrame], pl.DataFrame], ...] = (
-    lambda f: f.clear(),
-    lambda f: f.head(1),
-    lambda f: f.drop("sequence_id"),
-    lambda f: pl.concat([f, f.with_columns(sequence_id=pl.lit("SEQ_OTHER"))]),
-    lambda f: f.with_columns(pl.lit(None).alias(c) for c in cmi.SENSORS),
-    lambda f: f.with_columns(pl.lit(3e38).alias(c) for c in cmi.SENSORS),
-    lambda f: f.drop(cmi.TOF),
-    lambda f: pl.concat([f] * 40),
-)
+DAMAGE = [REFUSED[name] for name in ("zero rows", "no id", "two ids")]
+DAMAGE += [ANSWERED[n] for n in ("one row", "only ids", "all None", "all 3e+38", "rows backwards")]
 
 
 def held(pid: int) -> np.ndarray:

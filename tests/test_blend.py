@@ -56,8 +56,6 @@ def made(n_subjects: int, seed: int, *modes: str) -> tuple[cmi.TrainingData, Oof
 
 
 class Found(NamedTuple):
-    """What a blend left on the disk."""
-
     content: dict[str, Any]  # weights.json
     rows: dict[tuple[str, str, str], dict[str, Any]]  # scores.json by name, mode, kind
     nested: np.ndarray  # (N, K) of that mode
@@ -214,7 +212,6 @@ def test_each_arrival_gets_the_best_joint_label(seed: int) -> None:
 
 
 def sure(label: int, share: float) -> np.ndarray:
-    """One label with this probability, the others alike."""
     row = np.full(L, (1 - share) / (L - 1), np.float32)
     row[label] = share
     return row

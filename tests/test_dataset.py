@@ -34,7 +34,6 @@ def pack(out: Path, target: Path, *words: str) -> None:
 
 
 def refusal(out: Path, target: Path, *words: str) -> str:
-    """The message with which the command stops."""
     with pytest.raises(SystemExit) as end:
         pack(out, target, *words)
     return str(end.value)
@@ -57,7 +56,6 @@ def dataset(road: Road, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(plain: Path, tmp_path: Path) -> Path:
-    """A run of LightGBM, to be damaged."""
     return copied(plain, tmp_path / "out", "checkpoints", "simulated-*", "logs")
 
 

@@ -85,7 +85,6 @@ def test_a_run_that_nobody_reads_has_not_ended_well(plain: Path, tmp_path: Path)
 
 @pytest.fixture
 def kaggle(tmp_path: Path, monkeypatch: Patch) -> Path:
-    """Kaggle's two folders; the one that data sets are attached to."""
     for name in ("input", "working"):
         (tmp_path / name).mkdir()
         monkeypatch.setattr(cmi, f"KAGGLE_{name.upper()}", tmp_path / name)

@@ -54,7 +54,6 @@ FOLDS: tuple[tuple[Callable[[str], str], str], ...] = (
 
 
 def one_line(text: str | None, *words: str) -> None:
-    """What a run ended with is a single line that holds these words."""
     assert text
     assert text.startswith("cmi_pipeline: ")
     assert text.strip().count("\n") == 0
@@ -109,7 +108,6 @@ def test_kills_and_ctrl_c_change_nothing(plain: Path, tmp_path: Path) -> None:
 
 
 def learners(name: str) -> set[str]:
-    """Members that another value of a setting trains again."""
     if FREE.match(name):
         return set()
     shared = [members for members, names in SHARED.items() if name in names.split()]
@@ -134,7 +132,6 @@ def planned(out: Path, data: cmi.TrainingData | None = None, **changes: Any) -> 
 
 @pytest.fixture
 def out(road: Road, tmp_path: Path) -> Path:
-    """A copy of the full run's folder, to be spoilt."""
     return copied(road[0], tmp_path / "out", "report", "logs")
 
 
@@ -153,7 +150,6 @@ def test_a_setting_trains_those_members_again_that_depend_on_it(out: Path) -> No
 
 
 def flip(path: Path) -> None:
-    """Change a byte."""
     raw = bytearray(path.read_bytes())
     raw[-min(1000, len(raw) // 2)] ^= 1
     path.write_bytes(raw)

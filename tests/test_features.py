@@ -16,7 +16,6 @@ import cmi_simulator
 
 
 def sealed(rec):
-    """The same, and nothing can be written into it."""
     for name in ("start", "acc", "rot", "thm", "tof", "person"):
         getattr(rec, name).flags.writeable = False
     return rec
@@ -24,7 +23,6 @@ def sealed(rec):
 
 @pytest.fixture(scope="module")
 def whole():
-    """Complete recordings."""
     return sealed(recordings([40, 31, 32, 30, 90, 29, 64, 65, 129, 33], seed=1))
 
 
@@ -66,7 +64,6 @@ def identical(a, b):
 
 
 def lost(rec, *sensors, rows=slice(None)):
-    """The same without some sensors, in some rows."""
     arrays = {name: getattr(rec, name).copy() for name in sensors}
     for name, array in arrays.items():
         array[rows] = 255 if name == "tof" else np.nan

@@ -84,21 +84,18 @@ def spoil(bundles: Path) -> Iterator[Spoil]:
 
 @pytest.fixture
 def marker(tmp_path: Path) -> Iterator[Path]:
-    """A file that must not come into being."""
     path = tmp_path / "executed"
     yield path
     assert not path.exists(), "code from a bundle was executed"
 
 
 def asked(bundles: Path, *members: str, strict: bool = True) -> dict[str, float]:
-    """Answer of some members to the first question."""
     uses: dict[str, Any] = {f"use_{m}": m in members for m in cmi.MEMBERS}
     predictor = cmi.Predictor(cmi.Config(output_path=bundles, strict=strict, **uses))
     return predictor.predict_proba(*questions(data_of(bundles))[0])
 
 
 def load(bundles: Path, member: str, mode: str) -> Any:
-    """The models of a mode, as serving reads them."""
     bundle = json.loads((bundles / f"{member}_models" / "bundle.json").read_text())
     folder, table = bundles / f"{member}_models" / mode, np.array(bundle["labels"])
     return cmi.MEMBERS[member].load(folder, bundle["modes"][mode], table, cmi.Config())

@@ -71,22 +71,15 @@ WRONG = {
 @given(st.lists(st.tuples(CODE, CODE), min_size=1, max_size=40))
 def test_scores_agree_with_scikit_learn(pairs):
     truth, prediction = np.array(pairs).T
-    total, binary = (
-        plain_score(truth, prediction),
-        f1_score(truth < 8, prediction < 8, zero_division=0),
-    )
+    total = plain_score(truth, prediction)
+    binary = f1_score(truth < 8, prediction < 8, zero_division=0)
     score = competition_score(*([GESTURES[code] for code in side] for side in (truth, prediction)))
     assert tuple(score) == pytest.approx((total, binary, 2 * total - binary))
 
 
 def test_what_cannot_be_scored():
-    for truth, prediction in (
-        ([], []),
-        ([T1], [T1, T1]),
-        ([T1], ["?"]),
-        ([T1], [None]),
-        (["?"], [T1]),
-    ):
+    wrong = ([], []), ([T1], [T1, T1]), ([T1], ["?"]), ([T1], [None]), (["?"], [T1])
+    for truth, prediction in wrong:
         with pytest.raises(ValueError, match="score"):
             competition_score(truth, prediction)
 

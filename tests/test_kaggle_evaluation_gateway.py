@@ -62,7 +62,6 @@ def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
 
 @pytest.fixture(autouse=True)
 def own_ports(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Free ports as the ones to be tried, whatever else runs on this machine."""
     ports = free_ports(2)
     monkeypatch.setattr(relay, "GRPC_PORTS", ports)
     monkeypatch.delenv("KAGGLE_IS_COMPETITION_RERUN", raising=False)
@@ -180,8 +179,6 @@ def test_files_are_mirrored_under_the_share_folder(tmp_path):
 
 
 def answering(answer: object) -> Callable[..., object]:
-    """A predict function that returns the answer, or raises it."""
-
     def predict(_sequence: object, _demographics: object) -> object:
         if isinstance(answer, Exception):
             raise answer

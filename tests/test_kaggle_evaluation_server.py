@@ -83,7 +83,6 @@ def client(port: int) -> Iterator[relay.Client]:
 
 @pytest.fixture
 def own_ports(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Three free ports as the ones to be tried in this process."""
     ports = free_ports(3)
     monkeypatch.setattr(relay, "GRPC_PORTS", ports)
     return ports
@@ -168,7 +167,6 @@ def test_only_the_rerun_listens_beyond_the_loopback_address(own_ports, port):
 
 
 def request_with(payload: bytes) -> bytes:
-    """echo(payload), in bytes."""
     return b"\x0a\x04echo\x12" + bytes([len(payload)]) + payload
 
 

@@ -55,7 +55,6 @@ def booster(folder: Path, name: str = "fold01.txt") -> lgb.Booster:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Models of all three folds."""
     out = tmp_path_factory.mktemp("lgbm")
     for k in range(3):
         fit(a_job(out, k))

@@ -25,7 +25,6 @@ if __name__ == "__main__":
 
 
 def start(road: Road, out: Path, **settings: str) -> Running:
-    """The pipeline as a script with two workers, on the data of the full run."""
     two = {"CMI_WORKERS": "2", "USE_KERAS": "0", "CMI_DATA_DIR": str(data_of(road[0]))}
     return Running(out, **{**two, **settings})
 

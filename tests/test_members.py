@@ -21,7 +21,6 @@ ENDS = (".txt",)  # what it writes for each fold
 
 
 def prepare(inputs: cmi.Inputs, mode: str) -> cmi.FeatureTable:
-    """The number in a recording's id."""
     number = [[float(name.split("_")[1])] for name in inputs.rec.sequence_id]
     return cmi.FeatureTable((f"number_{mode}",), np.array(number, np.float32))
 
@@ -79,7 +78,6 @@ def train(data: Data, cfg: cmi.Config) -> cmi.F32:
 
 @pytest.fixture
 def data(cfg: cmi.Config) -> Data:
-    """Training data whose every model is on disk."""
     data = made(cfg)
     train(data, cfg)
     assert item_of(data, cfg).action == "reuse"

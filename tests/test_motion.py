@@ -22,7 +22,6 @@ def random_turns(n, seed=0):
 
 
 def of_scipy(turn):
-    """Quaternions as in the files: w first and never negative."""
     q = turn.as_quat(scalar_first=True)
     return np.where(q[:, :1] < 0, -q, q)
 
@@ -32,7 +31,6 @@ def to_scipy(q):
 
 
 def about(axis, degrees):
-    """Quaternions of turns about one axis."""
     return of_scipy(Rotation.from_euler(axis, np.reshape(degrees, (-1, 1)), degrees=True))
 
 
@@ -43,7 +41,6 @@ def moving(turn, push=(0, 0, 0)):
 
 
 def turning(*quaternions):
-    """Motion of a device that takes these attitudes one after the other."""
     rot = np.concatenate(quaternions)
     return cmi.wrist_motion(changed(recordings([len(rot)]), rot=rot))
 

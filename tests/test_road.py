@@ -216,7 +216,6 @@ def test_a_simulated_bundle_serves_real_files(road: Road, tmp_path: Path, capsys
 
 
 def test_the_hidden_rerun_is_served_without_any_bundle(road: Road, tmp_path: Path) -> None:
-    """A gateway in another process asks; LightGBM is trained in the first call."""
     data, out = data_of(road[0]), tmp_path / "out"
     env = runs.environment(out, CMI_DATA_DIR=str(data), STRICT="1")
     runs.good(runs.dry_run(data, "--truth", data / "test_truth.csv", runs.SCRIPT, env=env))

@@ -45,7 +45,6 @@ ROUTES = {"lgbm/all": always(0), "lgbm/imu": always(1), "lgbm/norot": always(2)}
 
 
 def write_bundles(out: Path, parts: list[list[str]]) -> None:
-    """Models of two folds each, as a run leaves them."""
     digest = hashlib.blake2b(b"model", digest_size=8).hexdigest()
     for name, mode in parts:
         folder = out / f"{name}_models" / mode
@@ -90,7 +89,6 @@ def serve(monkeypatch: Patch, tmp_path: Path) -> Serve:
 
 
 def frame_of(i: int = 0, subject: str = "SUBJ_1", name: str = "", rec: Any = REC) -> pl.DataFrame:
-    """One recording as the gateway hands it over."""
     one = rec.part(i, i + 1)
     pixels = one.tof.reshape(-1, 320).astype(np.float64)
     pixels = np.where(pixels == 255, np.nan, np.where(pixels == 254, -1, pixels))

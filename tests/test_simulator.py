@@ -75,7 +75,6 @@ def read(path):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """24 subjects, 30 recordings each; 4 test subjects."""
     out = tmp_path_factory.mktemp("simulated")
     sim.simulate(out, subjects=24, test_subjects=4, seed=3, recordings_per_subject=30)
     return out
@@ -93,7 +92,6 @@ def test_set(folder):
 
 @pytest.fixture(scope="module")
 def recordings(train):
-    """One line a recording."""
     kinds = pl.first("subject", "orientation", "gesture", "behavior", "sequence_type")
     return train.group_by("sequence_id", maintain_order=True).agg(kinds)
 
