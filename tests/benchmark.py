@@ -178,9 +178,7 @@ def cost(work: Callable[..., object], *args: Any) -> tuple[float, float]:
     return seconds(work, *args), time.process_time() - used
 
 
-def fit_fold(
-    name: str, mode: str, fold: int, data: cmi.TrainingData, cfg: cmi.Config
-) -> tuple[cmi.Job, Any, tuple[float, float]]:
+def fit_fold(name: str, mode: str, fold: int, data: cmi.TrainingData, cfg: cmi.Config) -> Any:
     """Train one fold of a member: its job, its input, and what the training alone took."""
     member, job = cmi.MEMBERS[name], data.jobs(name, mode, cfg)[fold]
     member.start(cfg)
@@ -299,9 +297,7 @@ def serving(options: Options) -> list[Row]:
     return rows
 
 
-PARTS: dict[str, Callable[[Options], list[Row]]] = {
-    part.__name__: part for part in (features, training, growth, road, serving)
-}
+PARTS = {part.__name__: part for part in (features, training, growth, road, serving)}
 
 
 def main() -> None:

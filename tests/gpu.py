@@ -6,8 +6,7 @@
 
 Everything is asked on simulated recordings. Status 0: all is well, or there is no card; 1: a card
 that is there does not work, or a part failed, as one does that was meant for a card and ran on the
-CPU. LightGBM, which takes the processor, and Keras are left out where they are not installed, Keras
-also where it sees no card.
+CPU. Keras is left out where it is not installed or sees no card.
 """
 
 import argparse
@@ -66,12 +65,12 @@ class Row(NamedTuple):
 
 @functools.cache
 def data(folder: Path) -> SimpleNamespace:
-    """Features, frames and labels of the simulated recordings in `folder`."""
+    """Frames and labels of the simulated recordings in `folder`."""
     rec = cmi.read_train(folder)
     subject = np.unique(rec.subject, return_inverse=True)[1].reshape(-1)
     upright = cmi.canonical(rec, np.zeros(len(rec), bool))
-    table, frames = cmi.extract_features(upright)
-    return SimpleNamespace(subject=subject, table=table, frames=frames, labels=rec.labels)
+    frames = cmi.extract_features(upright, table=False)[1]
+    return SimpleNamespace(subject=subject, frames=frames, labels=rec.labels)
 
 
 def fit(
@@ -85,8 +84,7 @@ def fit(
     train = np.resize(np.flatnonzero(~valid), many or (~valid).sum())
     job = cmi.Job(member, "all", 0, fold, train, np.flatnonzero(valid), *places)
     job.folder.mkdir(parents=True, exist_ok=True)
-    x = own.table if member == "lgbm" else own.frames
-    info = cmi.MEMBERS[member].fit(job, x, own.labels, cfg)
+    info = cmi.MEMBERS[member].fit(job, own.frames, own.labels, cfg)
     return {**info, "epochs": epochs_of(out, member)}
 
 
@@ -292,17 +290,6 @@ def resume(check: Check) -> Iterator[Row]:
     yield Row("resume", f"killed after epoch {n_done}", f"its last loss is {off:.1e} off", well)
 
 
-def lightgbm(check: Check) -> Iterator[Row]:
-    """A fold on the processor, in the process that holds the card."""
-    if importlib.util.find_spec("lightgbm") is None:
-        yield Row("lightgbm", "training", "left out: not installed")
-        return
-    began = time.monotonic()
-    info = fit(check.folder / "lgbm", check.source, "lgbm", LGBM_ROUNDS="20", LGBM_ES_ROUNDS="0")
-    said = f"{info['rounds']} rounds in {time.monotonic() - began:.1f} s, score {info['score']:.3f}"
-    yield Row("lightgbm", "training", said, info["rounds"] == 20)
-
-
 def keras(check: Check) -> Iterator[Row]:
     """Keras on the card in two precisions, while this process holds some of it."""
     if any(importlib.util.find_spec(name) is None for name in ("keras", "tensorflow")):
@@ -320,7 +307,7 @@ def keras(check: Check) -> Iterator[Row]:
 
 
 Part = Callable[[Check], Iterator[Row]]
-PARTS: tuple[Part, ...] = (card, precision, memory, jobs, speed, serving, resume, lightgbm, keras)
+PARTS: tuple[Part, ...] = (card, precision, memory, jobs, speed, serving, resume, keras)
 
 
 def why_no_card() -> tuple[str, int]:

@@ -80,12 +80,8 @@ def images(tof):
     dx, dy = xs - cx[:, None, None], ys - cy[:, None, None]
     level = d - np.nanmean(d, axis=axes, keepdims=True)
     xx, yy = np.nanmean(dx**2, axis=axes), np.nanmean(dy**2, axis=axes)
-    out = {
-        "near": seen.sum(axis=axes) / valid,
-        "dist": np.nanmean(d, axis=axes),
-        "cx": cx,
-        "cy": cy,
-    }
+    out = {"near": seen.sum(axis=axes) / valid, "dist": np.nanmean(d, axis=axes)}
+    out |= {"cx": cx, "cy": cy}
     out |= {"min": np.nanmin(d, axis=axes), "sd": np.nanstd(d, axis=axes), "xx": xx, "yy": yy}
     out["xy"] = np.nanmean(dx * dy, axis=axes)
     out["sx"] = np.nanmean(level * dx, axis=axes) / np.where(xx > 1e-9, xx, np.nan)
@@ -212,9 +208,8 @@ def pearson(a, b):
 
 
 def correlations(s):
-    pairs = [
-        (f"{g}_{a}", f"{g}_{b}") for g in ("acc", "lin", "omega") for a, b in ("xy", "xz", "yz")
-    ]
+    vectors = ("acc", "lin", "omega")
+    pairs = [(f"{v}_{a}", f"{v}_{b}") for v in vectors for a, b in ("xy", "xz", "yz")]
     pairs += [(f"lin_{a}", f"omega_{a}") for a in ("x", "y", "z", "mag")]
     out = {f"corr_{a}_{b}": pearson(s[a], s[b]) for a, b in pairs}
     out |= {f"gesture_corr_{a}_{b}": pearson(s[a][-LAST:], s[b][-LAST:]) for a, b in pairs}

@@ -177,12 +177,11 @@ class Running:
         self.out, self.output = out, out.with_name(f"{out.name}-printed.txt")
         self.details = Details(out)
         self.before = self.files()
+        words, env = command or (sys.executable, str(SCRIPT)), environment(out, **settings)
+        how: Any = {"cwd": out.parent, "env": env, "start_new_session": True}
+        how |= {"stdin": subprocess.PIPE, "stderr": subprocess.STDOUT}
         with self.output.open("w") as file:
-            self.process = subprocess.Popen(
-                command or (sys.executable, str(SCRIPT)), cwd=out.parent, stdout=file,
-                stderr=subprocess.STDOUT, stdin=subprocess.PIPE, start_new_session=True,
-                env=environment(out, **settings),
-            )  # fmt: skip
+            self.process = subprocess.Popen(words, stdout=file, **how)
 
     def files(self) -> dict[Path, int]:
         """When each file was written."""

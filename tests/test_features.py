@@ -198,12 +198,9 @@ def test_the_compass_heading_matters_only_where_it_is_named(whole):
     """A turn of the world about the vertical, after which the quaternions are other numbers."""
     q = Rotation.from_quat(whole.rot.astype(float), scalar_first=True)
     rot = (Rotation.from_euler("z", 1.4) * q).as_quat(scalar_first=True)
-    moved = {
-        name
-        for a, b in zip(everything(whole), everything(changed(whole, rot=rot)), strict=True)
-        for name in a
-        if not np.allclose(a[name], b[name], rtol=1e-4, atol=1e-4, equal_nan=True)
-    }
+    moved, near = set(), {"rtol": 1e-4, "atol": 1e-4, "equal_nan": True}
+    for a, b in zip(everything(whole), everything(changed(whole, rot=rot)), strict=True):
+        moved |= {name for name in a if not np.allclose(a[name], b[name], **near)}
     stems = [f"{direction}_{axis}" for direction in ("north", "west") for axis in "xyz"]
     assert moved == {f"{n}{part}" for n in stems for part in ("", "_before_mean", "_gesture_mean")}
 

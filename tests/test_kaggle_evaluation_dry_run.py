@@ -57,14 +57,12 @@ TEXT = "return sequence['thm_1'].mean() + 'x'"
 DIES = "The notebook ended with status 1 before it served. "
 SERVES_ANOTHER = SERVE.replace("(predict)", "(print)")
 WRONG = {
-    "--test-dir nowhere notebook.py": "is missing",
-    "--test-dir {} missing.py": "no Python script",
-    "--test-dir {} --truth no.csv notebook.py": "--truth",
-    "--test-dir {} --truth half.csv notebook.py": "lacks 3 recordings",
-    "--test-dir {} --truth twice.csv notebook.py": "more than one",
-    "--test-dir {} --working-dir nowhere notebook.py": "--working-dir",
-    "--test-dir empty notebook.py": "no rows",
-}
+    "nowhere notebook.py": "is missing", "empty notebook.py": "no rows",
+    "{} missing.py": "no Python script", "{} --truth no.csv notebook.py": "--truth",
+    "{} --truth half.csv notebook.py": "lacks 3 recordings",
+    "{} --truth twice.csv notebook.py": "more than one",
+    "{} --working-dir nowhere notebook.py": "--working-dir",
+}  # fmt: skip
 
 
 @settings(max_examples=40, deadline=None)
@@ -189,10 +187,8 @@ def test_ctrl_c_ends_the_notebook_and_says_one_line(test_dir):
     wait = f"open({str(pid_file)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     notebook.write_text(NOTEBOOK.format(before="", predict=wait, serve=SERVE, target=T1))
     command = [sys.executable, "-m", "kaggle_evaluation.dry_run", "--test-dir", str(test_dir)]
-    with subprocess.Popen(
-        [*command, str(notebook)], cwd=runs.ROOT, text=True, stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-    ) as process:  # fmt: skip
+    how = {"cwd": runs.ROOT, "stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    with subprocess.Popen([*command, str(notebook)], text=True, **how) as process:
         until = time.monotonic() + 60
         while not (pid_file.exists() and pid_file.read_text()) and time.monotonic() < until:
             time.sleep(0.05)
@@ -239,5 +235,5 @@ def test_wrong_arguments(test_dir, monkeypatch, capsys):
     for name in ("test.csv", "test_demographics.csv"):
         Path("empty", name).write_text("sequence_id,subject\n")
     for arguments, text in WRONG.items():
-        assert dry_run.main(arguments.format(test_dir.name).split()) == 2
+        assert dry_run.main(f"--test-dir {arguments}".format(test_dir.name).split()) == 2
         assert text in capsys.readouterr().err

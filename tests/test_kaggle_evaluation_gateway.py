@@ -35,7 +35,7 @@ def write_lines(folder: Path, lines: list[str], demographics: str) -> tuple[str,
     return str(paths[0]), str(paths[1])
 
 
-def write_files(folder: Path, *recordings: tuple[str, str, int, bool]) -> tuple[str, str]:
+def write_files(folder: Path, *recordings: tuple[str, str, int, int]) -> tuple[str, str]:
     """The two files, with (sequence_id, subject, rows, sensors) recordings."""
     lines = [",".join(HEADER)]
     for sequence, subject, n_rows, sensors in recordings:
@@ -52,11 +52,7 @@ def paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str]:
     """Three small recordings; the current directory is empty and takes the result files."""
     (tmp_path / "working").mkdir()
     monkeypatch.chdir(tmp_path / "working")
-    three = (
-        ("SEQ_1", "SUBJ_A", 4, True),
-        ("SEQ_2", "SUBJ_B", 3, False),
-        ("SEQ_3", "SUBJ_X", 1, True),
-    )
+    three = ("SEQ_1", "SUBJ_A", 4, 1), ("SEQ_2", "SUBJ_B", 3, 0), ("SEQ_3", "SUBJ_X", 1, 1)
     return write_files(tmp_path / "data", *three)
 
 
@@ -256,9 +252,8 @@ def test_what_fails_in_a_local_run(paths, capfd, answer, kind, details, stderr):
 
 
 def test_faults_of_the_files_are_the_gateways(paths):
-    for written, text in (
-        (None, "No such file"), ("a,b\n1,2\n", "sequence_id"), ("sequence_id,subject\n", "IndexError")
-    ):  # fmt: skip
+    files = {"": "No such file", "a,b\n1,2\n": "sequence_id", "sequence_id,subject\n": "IndexError"}
+    for written, text in files.items():
         if written:
             Path("test.csv").write_text(written)
         error = failure(CMIInferenceServer(waving).run_local_gateway, ("test.csv", paths[1]))

@@ -1,7 +1,5 @@
-"""Kaggle's folders, as they were in 2025 and are today: training, attaching its models, re-run.
-
-A private mount namespace, by `unshare -rm`, holds them and the script where Kaggle puts it.
-"""
+"""Kaggle's folders, as they were in 2025 and are today: training, attaching its models, re-run, in
+a private mount namespace by `unshare -rm`."""
 
 import shutil
 import subprocess
@@ -10,7 +8,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-from runs import ROOT, SCRIPT, call, clean_environment, copied, good
+from runs import ALIKE, QUICK, ROOT, SCRIPT, call, clean_environment, copied, good
 from test_dataset import contents
 
 import cmi_simulator
@@ -33,11 +31,8 @@ done
 shift
 exec chroot "$new" sh -c 'cd /kaggle/working; exec "$@"' sh "$@"
 """
-SETTINGS = {
-    "USE_TORCH": "0", "USE_KERAS": "0", "N_FOLDS": "2", "LGBM_ROUNDS": "25", "LGBM_LR": "0.1",
-    "CMI_WORKERS": "2",  # side by side, whatever the script is called
-    "SUBJECT_ASSIGNMENT": "0",  # the answers do not depend on the order of the questions
-}  # fmt: skip
+SETTINGS = {**QUICK, **ALIKE, "N_FOLDS": "2", "LGBM_ROUNDS": "25", "LGBM_LR": "0.1"}
+SETTINGS |= {"CMI_WORKERS": "2"}  # side by side, whatever the script is called
 LAYOUTS = {  # where the competition and the data set "cmi-bundles" of "some-one" are mounted
     "2025": (SLUG, "cmi-bundles"),
     "today": (f"competitions/{SLUG}", "datasets/some-one/cmi-bundles"),
@@ -105,11 +100,9 @@ def test_each_layout(competition: Path, trained: Machine, tmp_path: Path, layout
     assert machine.answers() == trained.answers()
 
     package = f"/kaggle/input/{data}"
-    asked = good(machine.run(
-        "-m", "kaggle_evaluation.dry_run", "--test-dir", package, "--all-sensors",
-        "--working-dir", ".", "--output-dir", "gateway", "/kaggle/src/script.py",
-        PYTHONPATH=package, STRICT="1",
-    ))  # fmt: skip
+    words = "-m", "kaggle_evaluation.dry_run", "--test-dir", package, "--all-sensors"
+    words += "--working-dir", ".", "--output-dir", "gateway", "/kaggle/src/script.py"
+    asked = good(machine.run(*words, PYTHONPATH=package, STRICT="1"))
     assert "passed: 18 valid answers" in asked
     assert machine.answers("gateway/submission.parquet") == trained.answers()
     assert not list(machine.working.glob("*_models"))

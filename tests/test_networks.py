@@ -1,8 +1,5 @@
-"""What Torch and Keras both promise: one training, one contract, asked through MEMBERS.
-
-Keras comes first, so that Torch's first optimiser is made after TensorFlow was loaded. Its graph
-takes ten seconds to compile: one serves most tests; other graphs are run without compiling.
-"""
+"""What Torch and Keras both promise: one training, one contract, asked through MEMBERS. Keras comes
+first: Torch's first optimiser is made after TensorFlow was loaded. One compiled graph serves most."""
 
 import dataclasses
 import importlib.util
@@ -229,13 +226,12 @@ def test_an_unfit_checkpoint_is_named_and_left(trained: Any, tmp_path: Path, cap
     member, job = trained.member, job_in(tmp_path, trained.member)
     fit_stopped(job, 8)
     other = dataclasses.replace(job, train=job.train[1:])
-    for of, changes, why in (
-        (job, {"lr": 3e-3}, f"not resumable, {member.upper()}_LR 0.01 → 0.003"),
-        (job, {"resume": False}, ""),
-        (job, {f"resume_{member}": False}, ""),
-        (other, {}, "not resumable, training rows differ"),
-    ):
-        assert cmi.MEMBERS[member].resumable(of, config(member, **changes)) == why
+    resumable, whole = cmi.MEMBERS[member].resumable, config(member)
+    assert resumable(other, whole) == "not resumable, training rows differ"
+    lr = f"not resumable, {member.upper()}_LR 0.01 → 0.003"
+    assert resumable(job, config(member, lr=3e-3)) == lr
+    for name in ("resume", f"resume_{member}"):
+        assert resumable(job, config(member, **{name: False})) == ""
     (checkpoint,) = job.scratch.iterdir()
     whole, rolled = checkpoint.read_bytes(), np.roll(LABELS.composite, 4)
     for why, content, data in (

@@ -1,13 +1,11 @@
-"""Models that were trained with one set of releases serve with the others.
-
-CMI_PYTHONS names an interpreter of each set, separated by colons: .ci/run gives those of Kaggle's
-images of July 2025 and June 2026, and of the newest releases.
-"""
+"""Models that were trained with one set of releases serve with the others. CMI_PYTHONS names an
+interpreter of each set, separated by colons, as .ci/run does."""
 
 import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -53,9 +51,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 @pytest.mark.parametrize(("trainer", "server"), [*itertools.permutations(PYTHONS, 2)])
-def test_models_of_one_serve_with_the_other(
-    data: Path, trained: Trained, trainer: str, server: str, tmp_path: Path
-) -> None:
+def test_serving(data: Path, trained: Any, trainer: str, server: str, tmp_path: Path) -> None:
     """Without a fallback; nearly all answers are the same, for the last digits may differ."""
     folder, before = trained(trainer)
     out = copied(folder, tmp_path / "out", "submission.parquet", "checkpoints", "logs")

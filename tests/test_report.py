@@ -252,9 +252,8 @@ def test_subjects_and_orientations(drawn: Drawn) -> None:
 def test_curves_of_each_fold(drawn: Drawn) -> None:
     """Those of other folds, which an earlier run left, are none."""
     upper, lower = drawn.axes_of("torch")
-    assert [curve.get_xydata().tolist() for curve in upper.lines] == [
-        [[1, 0.3], [2, 0.4]], [[1, 0.2], [2, 0.5]], [[1, 0.6]],
-    ]  # fmt: skip
+    scores = [curve.get_xydata().tolist() for curve in upper.lines]
+    assert scores == [[[1, 0.3], [2, 0.4]], [[1, 0.2], [2, 0.5]], [[1, 0.6]]]
     losses = [curve.get_ydata() for curve in lower.lines]
     expected = [[np.nan, 1.2], [0.6, 0.8], [np.nan, 1.5], [0.4, 1.0], [np.nan], [1.2]]
     for curve, values in zip(losses, expected, strict=True):

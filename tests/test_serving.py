@@ -26,6 +26,8 @@ Rule = Callable[[cmi.Recordings], list[float]]
 Serve = Callable[..., cmi.Predictor]
 REC = recordings([40, 30, 50, 20], seed=4)
 RIGHT = pl.DataFrame({"subject": ["SUBJ_1"], "handedness": [1], "age": [30]})
+ASSIGNED = ("auto", True, 1, [0, 1, 0]), ("auto", True, 2, [0, 0, 0]), ("auto", False, 1, [0, 0, 0])
+ASSIGNED += ("0", True, 1, [0, 0, 0]), ("1", False, 1, [0, 1, 0])
 PLAIN = {"subject_assignment": "0", "frame_cache_max_items": 0}
 
 
@@ -127,15 +129,10 @@ def test_retries_are_answered_from_a_memory_of_content_that_stays_small(serve: S
     assert asked == [40, 30, 50, 20, 30], "0 was asked again and stays, 1 is the oldest and goes"
 
 
-@pytest.mark.parametrize(
-    ("setting", "by_data", "capacity", "labels"),
-    [("auto", True, 1, [0, 1, 0]), ("auto", True, 2, [0, 0, 0]), ("auto", False, 1, [0, 0, 0]),
-     ("0", True, 1, [0, 0, 0]), ("1", False, 1, [0, 1, 0])],
-)  # fmt: skip
-def test_each_wearer_gets_each_label_as_often_as_it_may_be(
-    serve: Serve, setting: str, by_data: bool, capacity: int, labels: list[int]
-) -> None:
-    """Two recordings of one wearer (the first asked again at the end) and one of another."""
+@pytest.mark.parametrize(("setting", "by_data", "capacity", "labels"), ASSIGNED)
+def test_assignment(serve: Any, setting: str, by_data: bool, capacity: int, labels: Any) -> None:
+    """Each wearer gets each label as often as it may be: two recordings of one wearer (the first asked
+    again at the end) and one of another."""
     first, second = [0.9, 0.08, 0.01, 0.01], [0.6, 0.38, 0.01, 0.01]
     content = {"assignment": {"all": by_data}, "capacity": [capacity] * 4}
     rules = {"lgbm/all": lambda seen: first if len(seen.acc) == 40 else second}
@@ -205,10 +202,8 @@ def test_questions_at_once_are_answered_one_after_the_other(serve: Serve) -> Non
     assert told == ["begins", "ends"] * 4
 
 
-def test_of_several_weights_those_passed_over_are_told(
-    serve: Serve, tmp_path: Path, monkeypatch: Patch, capsys: Printed
-) -> None:
-    """As with two bundles attached, of which one must be the first."""
+def test_passed_over(serve: Any, tmp_path: Path, monkeypatch: Patch, capsys: Printed) -> None:
+    """Of several weights, as with two bundles attached, the first are taken; the others are told."""
     monkeypatch.setattr(cmi, "KAGGLE_INPUT", tmp_path / "input")
     predictor = serve({"lgbm/all": always(0)}, weights_of({"lgbm/all": 1.0}), **PLAIN)
     for name in ("a", "b"):
