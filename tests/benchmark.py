@@ -209,8 +209,7 @@ def at_work(name: str, subjects: int) -> tuple[float, float, float]:
 
 
 def growth(options: Options) -> list[Row]:
-    """Each stage at 1/8, 1/4, 1/2 and the whole of the competition's size, mode all; and what a whole
-    run on four cores is expected to take: an estimate from processor times, two modes alike."""
+    """Each stage at 1/8 … the whole of the competition's size; from that a whole run's time."""
     rows, used = [], dict[tuple[str, int], float]()
     whole = max(40, round(options.recordings / 102))
     for name, what in STAGES.items():
@@ -240,8 +239,7 @@ def run_script(out: Path, **settings: str) -> tuple[float, float]:
 
 
 def road(_: Options) -> list[Row]:
-    """README's first command and the second, in an empty folder; and 434 recordings with the
-    defaults of a real run: all members, both modes, five folds."""
+    """README's first command and the second; 434 recordings with the defaults of a real run."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as scratch:
         out, stages = Path(scratch) / "demo", Path(scratch) / "demo" / "logs" / "stages.jsonl"

@@ -17,8 +17,7 @@ if importlib.util.find_spec("cmi_pipeline") is None:
 @pytest.fixture(scope="session")
 def road(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder of one full run of all members, for reading only, and what the run printed; the
-    first process of pytest-xdist to come makes it while the others wait. Keras is set up there for
-    another backend, order of axes and precision, as somebody's other work may have left it."""
+    first process of pytest-xdist makes it. Keras is set up as somebody's other work may leave it."""
     from runs import good, run
 
     own = tmp_path_factory.getbasetemp()

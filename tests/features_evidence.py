@@ -3,9 +3,8 @@
     python tests/features_evidence.py PIPELINE_FOLDER DATA_FOLDER MODES SEEDS [FAMILY+FAMILY+…]…
 
 PIPELINE_FOLDER holds a cmi_pipeline.py, DATA_FOLDER a train.csv; MODES is imu, all or imu,all. Each
-further argument names families to leave out of the table. Printed is the mean over the seeds (1 …
-SEEDS, which also draw the folds) and three folds of the competition's score and of the log loss of
-the 18 gestures, what leaving out costs, and the standard error of that over the seeds.
+further argument names families to leave out. Printed are score and log loss, means over the seeds (1
+… SEEDS, which also draw the folds) and three folds, what leaving out costs, and its standard error.
 """
 
 import datetime

@@ -4,9 +4,8 @@
     python tests/mutate.py --random 10 --seed 3  # some, the same ones for the same seed
     python tests/mutate.py "gravity sign"        # by name
 
-A fault is an exact text, which must occur once however its lines are broken, the text that takes its
-place, and the files of tests that should notice: "score" is tests/test_score.py. They must pass
-without a fault. One that survives is a hole: exit status 1.
+A fault is a text that must occur once, however its lines are broken, the text that takes its place,
+and the files of tests that should notice: "score" is tests/test_score.py. Exit status 1: one survived.
 """
 
 import argparse

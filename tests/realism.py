@@ -155,8 +155,7 @@ def transfer_line(name: str, proba: np.ndarray, truth: np.ndarray) -> None:
 
 
 def transfer(rec: cmi.Recordings, truth: Array, real: Table, made: Table, gesture: Array) -> None:
-    """Real recordings named by boosters that saw simulated ones only; apart those of a wearer of ten
-    or more."""
+    """Real recordings named by boosters that saw simulated ones only; of ten of a wearer also apart."""
     imu, seen = in_imu(made), whole(rec)
     motion = fit_predict(made.x[:, imu], gesture, real.x[:, imu])
     transfer_line("imu", motion, truth)

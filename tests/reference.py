@@ -159,12 +159,9 @@ def statistics(name, x, moves):
 
 
 def compass(m):
-    out = {}
-    for name in ("north", "west"):
-        for k, a in enumerate("xyz"):
-            out[f"{name}_{a}_before_mean"] = mean(m[name][:-LAST, k])
-            out[f"{name}_{a}_gesture_mean"] = mean(m[name][-LAST:, k])
-    return out
+    axes = {f"{name}_{a}": m[name][:, k] for name in ("north", "west") for k, a in enumerate("xyz")}
+    out = {f"{name}_before_mean": mean(x[:-LAST]) for name, x in axes.items()}
+    return out | {f"{name}_gesture_mean": mean(x[-LAST:]) for name, x in axes.items()}
 
 
 def spectrum(x, rows):

@@ -24,8 +24,6 @@ IMPOSSIBLE = {"lgbm:0,torch:0": "leave nothing", "lgbm:-1,torch:2": "negative",
               "lgbm:nan,torch:2": "infinite", "lgbm:half": "member:number"}  # fmt: skip
 SURE_OF_ONE = ({0: 0.9, 1: 0.09}, {-1: 0.5, 0: 0.45})  # who has done A did B now
 SURELY_WRONG = ({0: 0.6, 1: 0.39}, {-1: 0.6, 2: 0.3})  # B is taken for A, and pushes A aside
-
-
 GAINS = (1, SURE_OF_ONE, True), (4, SURE_OF_ONE, True), (1, SURELY_WRONG, False)
 
 
@@ -99,8 +97,7 @@ def test_the_pool_is_the_product_of_powers_and_grows_where_a_part_is_absent() ->
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_weights_are_of_least_log_loss(tmp_path: Path, seed: int) -> None:
-    """Against scipy from another start; at the minimum finite differences point nowhere. Nested,
-    the blend is not worse than its best member."""
+    """Against scipy from another start; at the minimum finite differences point nowhere."""
     data, oof = made(8, seed)
     if seed == 3:  # noise deserves nothing
         oof["keras", ALONE] = oof["keras", ALONE][::-1]

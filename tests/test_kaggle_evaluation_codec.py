@@ -42,8 +42,6 @@ request = relay.Client().serialize_request("predict", 1, "x", k=2.5)
 expected = "0a07707265646963741202180212030a01781a0a0a016b12052500002040"
 assert request.SerializeToString().hex() == expected
 """
-
-
 PURE = {"PROTOCOL_BUFFERS_PYTHON_IMPLEMENTATION": "python"}
 
 
@@ -134,18 +132,16 @@ def npy_header(text: str) -> bytes:
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(body)) + body
 
 
-LIES = (
-    npy_header("{'descr': '<f8', 'fortran_order': False, 'shape': (1099511627776,)}"),
-    npy_header("{'descr': '<f8', 'fortran_order': False, 'shape': (-1,)}") + bytes(8),
-    npy_header("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}") + b"cposix\nsystem\n",
-    npy_header("__import__('os').abort()"), npy_header("(" * 100), b"",
-    b"PK\x03\x04" + bytes(100), b"\x93NUMPY\x09\x09" + bytes(100),
-)  # fmt: skip
-
-
 @pytest.mark.parametrize("member", ["numpy_array_value", "numpy_scalar_value"])
 def test_npy_blobs_that_lie_are_refused(member):
-    for content in LIES:
+    lies = (
+        npy_header("{'descr': '<f8', 'fortran_order': False, 'shape': (1099511627776,)}"),
+        npy_header("{'descr': '<f8', 'fortran_order': False, 'shape': (-1,)}") + bytes(8),
+        npy_header("{'descr': '|O', 'fortran_order': False, 'shape': (1,)}") + b"cposix\nsystem\n",
+        npy_header("__import__('os').abort()"), npy_header("(" * 100), b"",
+        b"PK\x03\x04" + bytes(100), b"\x93NUMPY\x09\x09" + bytes(100),
+    )  # fmt: skip
+    for content in lies:
         refused(pb.Payload(**{member: content}), (ValueError, tokenize.TokenError))
 
 
@@ -195,8 +191,7 @@ def test_polars_frames_travel_as_an_arrow_stream_with_large_strings():
 
 
 def test_layouts_of_other_cores_are_read_and_wrong_offsets_refused():
-    """Later ones send a polars series as an Arrow stream; others do not compress. A reader that
-    trusts such offsets leaves its memory."""
+    """Later ones send a polars series as an Arrow stream; others do not compress."""
     buffer, table = io.BytesIO(), pa.table({"s": pa.array(["abcdefg"], pa.large_string())})
     with pa.ipc.new_stream(buffer, table.schema) as writer:
         writer.write_table(table)

@@ -174,16 +174,13 @@ def test_files_are_mirrored_under_the_share_folder(tmp_path):
         assert error.error_type is Kind.GATEWAY_RAISED_EXCEPTION
 
 
-def answering(answer: object) -> Callable[..., object]:
+def answering(answer: object = "Wave hello") -> Callable[..., object]:
     def predict(_sequence: object, _demographics: object) -> object:
         if isinstance(answer, Exception):
             raise answer
         return answer
 
     return predict
-
-
-waving = answering("Wave hello")
 
 
 def test_a_local_run_writes_the_submission_in_the_order_of_the_calls(paths, capsys):
@@ -210,7 +207,7 @@ def test_a_local_run_writes_the_submission_in_the_order_of_the_calls(paths, caps
 
 
 def test_a_server_runs_again_and_is_itself_asked_where_another_one_serves(paths, own_ports):
-    other, server = CMIInferenceServer(answering("Text on phone")), CMIInferenceServer(waving)
+    other, server = CMIInferenceServer(answering("Text on phone")), CMIInferenceServer(answering())
     for own in (other, server):
         own.serve()
         own.serve()  # returns at once outside the re-run
@@ -256,7 +253,7 @@ def test_faults_of_the_files_are_the_gateways(paths):
     for written, text in files.items():
         if written:
             Path("test.csv").write_text(written)
-        error = failure(CMIInferenceServer(waving).run_local_gateway, ("test.csv", paths[1]))
+        error = failure(CMIInferenceServer(answering()).run_local_gateway, ("test.csv", paths[1]))
         assert error.error_type is Kind.GATEWAY_RAISED_EXCEPTION
         assert text in error.error_details
         assert "Traceback" in error.error_details
@@ -266,7 +263,10 @@ def test_the_rerun_writes_result_json_and_returns(paths, monkeypatch):
     monkeypatch.setattr(base_gateway, "IS_RERUN", value=True)
     failed = {"Succeeded": False, "ErrorType": 3, "ErrorName": "SERVER_RAISED_EXCEPTION"}
     failed["ErrorDetails"] = "boom"
-    for listener, result in (waving, {"Succeeded": True}), (answering(ValueError("boom")), failed):
+    for listener, result in (
+        (answering(), {"Succeeded": True}),
+        (answering(ValueError("boom")), failed),
+    ):
         server = CMIInferenceServer(listener)
         server.serve()
         gateway = CMIGateway(paths)

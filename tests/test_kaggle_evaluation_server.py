@@ -16,7 +16,6 @@ from runs import ROOT, free_ports
 from kaggle_evaluation.core import relay
 
 METHOD = "/kaggle_evaluation_client.KaggleEvaluationService/Send"
-
 SERVER = """
 import os, sys, threading, time
 import numpy as np
@@ -120,8 +119,7 @@ def test_exceptions_reach_the_client_with_their_text(client):
 
 
 def test_pings_during_a_long_call_are_no_attack(port):
-    """Without the right option the server ends the call after a few pings, here after 5.5 s.
-    Functions do not run in the main thread, as `slow` tells."""
+    """Without the right option the server ends the call after a few pings, here after 5.5 s."""
     options = [("grpc.keepalive_time_ms", 1100), ("grpc.http2.max_pings_without_data", 0)]
     request = relay.Client().serialize_request("slow", 6.5)
     with grpc.insecure_channel(f"127.0.0.1:{port}", options=options) as channel:
@@ -170,21 +168,19 @@ def request_with(payload: bytes) -> bytes:
     return b"\x0a\x04echo\x12" + bytes([len(payload)]) + payload
 
 
-MALFORMED = {
-    "no message": b"\xff" * 50,
-    "a name of 2 GiB": b"\x0a\xff\xff\xff\xff\x07abc",
-    "a name that is no UTF-8": b"\x0a\x02\xff\xfe",
-    "no name": b"",
-    "an empty payload": b"\x0a\x04echo\x12\x00",
-    "a dataclass of a later core": request_with(b"\x92\x01\x02\x0a\x00"),
-    "an Arrow message of 2 GiB": request_with(b"\x52\x08\xff\xff\xff\xff\xff\xff\xff\x7f"),
-    "a Parquet footer of 2 GiB": request_with(b"\x62\x0cPAR1\xff\xff\xff\x7fPAR1"),
-    "a pickle": request_with(b"\x6a\x12\x80\x04\x95cos\nsystem\n(S'1'\n"),
-}
-
-
 def test_malformed_messages_are_refused_and_the_server_serves_on(client, port):
-    for name, content in MALFORMED.items():
+    malformed = {
+        "no message": b"\xff" * 50,
+        "a name of 2 GiB": b"\x0a\xff\xff\xff\xff\x07abc",
+        "a name that is no UTF-8": b"\x0a\x02\xff\xfe",
+        "no name": b"",
+        "an empty payload": b"\x0a\x04echo\x12\x00",
+        "a dataclass of a later core": request_with(b"\x92\x01\x02\x0a\x00"),
+        "an Arrow message of 2 GiB": request_with(b"\x52\x08\xff\xff\xff\xff\xff\xff\xff\x7f"),
+        "a Parquet footer of 2 GiB": request_with(b"\x62\x0cPAR1\xff\xff\xff\x7fPAR1"),
+        "a pickle": request_with(b"\x6a\x12\x80\x04\x95cos\nsystem\n(S'1'\n"),
+    }
+    for name, content in malformed.items():
         with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
             with pytest.raises(grpc.RpcError) as caught:
                 channel.unary_unary(METHOD)(content, timeout=20)

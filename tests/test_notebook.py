@@ -25,8 +25,6 @@ try:
 finally:
     nbformat.write(notebook, done)
 """
-
-
 Outputs = tuple[list[Any], list[Any], str]
 COMPANION = ROOT / "notebook" / "cmi.ipynb"
 IN_THIS_PROCESS = """

@@ -20,14 +20,10 @@ Answers = dict[str, str]
 Trained = Callable[[str], tuple[Path, Answers]]
 
 
-def answers(out: Path) -> Answers:
-    return dict(pl.read_parquet((out / "submission.parquet").read_bytes()).iter_rows())
-
-
 def run_by(python: str, out: Path, **settings: str) -> Answers:
     env = environment(out, **FEW, TF_CPP_MIN_LOG_LEVEL="3", **settings)
     good(call(python, SCRIPT, cwd=out.parent, env=env))
-    return answers(out)
+    return dict(pl.read_parquet((out / "submission.parquet").read_bytes()).iter_rows())
 
 
 @pytest.fixture(scope="module")

@@ -132,17 +132,15 @@ def replacing(old: str, new: str) -> Change:
     return lambda lines: [line.replace(old, new) for line in lines]
 
 
-UNUSABLE: tuple[tuple[Change, str], ...] = (
-    (lambda _: [], "train.csv is empty"),
-    (lambda lines: lines[:1], "has a header but no rows"),
-    (replacing("acc_y", "acc_q"), "has no column acc_y"),
-    (replacing("Cheek -", "Cheek:"), "gesture 'Cheek: pinch skin' of SEQ_"),
-    (replacing(",Gesture,", ",Rest,"), "phase 'Rest'"),
-)
-
-
 def test_a_file_that_cannot_be_used_says_why(damaged: Damaged) -> None:
-    for change, message in UNUSABLE:
+    unusable = (
+        (lambda _: [], "train.csv is empty"),
+        (lambda lines: lines[:1], "has a header but no rows"),
+        (replacing("acc_y", "acc_q"), "has no column acc_y"),
+        (replacing("Cheek -", "Cheek:"), "gesture 'Cheek: pinch skin' of SEQ_"),
+        (replacing(",Gesture,", ",Rest,"), "phase 'Rest'"),
+    )
+    for change, message in unusable:
         with pytest.raises(cmi.DataError, match=message):
             cmi.read_train(damaged(change))
 

@@ -43,9 +43,6 @@ def always(label: int) -> Rule:
     return lambda _: [0.7 if i == label else 0.1 for i in range(4)]
 
 
-ROUTES = {"lgbm/all": always(0), "lgbm/imu": always(1), "lgbm/norot": always(2)}
-
-
 def write_bundles(out: Path, parts: list[list[str]]) -> None:
     digest = hashlib.blake2b(b"model", digest_size=8).hexdigest()
     for name, mode in parts:
@@ -111,12 +108,13 @@ def test_a_recording_goes_to_the_models_that_know_its_sensors(serve: Serve) -> N
         gone = np.arange(len(rec.acc)).reshape(-1, 1, 1, 1) < n
         return changed(rec, tof=np.where(gone, code, rec.tof).astype(np.uint8))
 
-    predictor = serve(ROUTES, **PLAIN)
+    routes = {"lgbm/all": always(0), "lgbm/imu": always(1), "lgbm/norot": always(2)}
+    predictor = serve(routes, **PLAIN)
     cases = [(REC, 0), (lost(REC, 16), 0), (lost(REC, 24), 1), (blind, 2), (lost(blind, 40), 2)]
     cases += [(lost(REC, 40, 254), 0)]  # it sees that nothing is there
     cases += [(changed(REC, rot=one_row), 0)]  # one row tells of the rest
     assert [ask(predictor, rec=rec) for rec, _ in cases] == [GESTURES[k] for _, k in cases]
-    two = serve({part: ROUTES[part] for part in ("lgbm/all", "lgbm/imu")}, **PLAIN)
+    two = serve({part: routes[part] for part in ("lgbm/all", "lgbm/imu")}, **PLAIN)
     assert ask(two, rec=blind) == GESTURES[0]
 
 
@@ -131,8 +129,7 @@ def test_retries_are_answered_from_a_memory_of_content_that_stays_small(serve: S
 
 @pytest.mark.parametrize(("setting", "by_data", "capacity", "labels"), ASSIGNED)
 def test_assignment(serve: Any, setting: str, by_data: bool, capacity: int, labels: Any) -> None:
-    """Each wearer gets each label as often as it may be: two recordings of one wearer (the first asked
-    again at the end) and one of another."""
+    """Each wearer gets each label as often as it may be; the first recording is asked again."""
     first, second = [0.9, 0.08, 0.01, 0.01], [0.6, 0.38, 0.01, 0.01]
     content = {"assignment": {"all": by_data}, "capacity": [capacity] * 4}
     rules = {"lgbm/all": lambda seen: first if len(seen.acc) == 40 else second}
@@ -143,8 +140,7 @@ def test_assignment(serve: Any, setting: str, by_data: bool, capacity: int, labe
 
 
 def test_evidence_of_a_turned_device_adds_up_over_its_wearers_recordings(serve: Serve) -> None:
-    """Weak evidence: one recording is not enough, two are; each counts once; wearers are apart.
-    And left-handers are mirrored."""
+    """One recording is not enough, two are; each counts once. And left-handers are mirrored."""
     odd = cmi.odd_features(REC)[0]
     coefficients = [-1.0 / float(odd[0])] + [0.0] * (len(odd) - 1)  # every recording says -1
     wearer = {"prior": 1.5, "coefficients": coefficients}

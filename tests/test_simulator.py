@@ -151,13 +151,6 @@ def test_behaviours_follow_each_other_and_the_gesture_is_last(train, recordings)
     assert set(recordings["behavior"]) == {MOVES, RELAXES}
 
 
-def test_sequence_ids_rise_and_subjects_are_mixed(recordings, test_set):
-    names, subject = recordings["sequence_id"].to_list(), recordings["subject"]
-    assert names == sorted(set(names))
-    assert not set(names) & set(test_set["sequence_id"])
-    assert (subject != subject.shift(1)).mean() > 0.85
-
-
 def test_demographics_fit_the_subjects(folder, train, test_set):
     for name, frame in (("train", train), ("test", test_set)):
         people = read(folder / f"{name}_demographics.csv")
@@ -227,8 +220,7 @@ def test_rotating_acc_into_the_world_finds_gravity(train):
 
 @pytest.mark.parametrize(("oddity", "signs", "undo"), ODD)
 def test_other_wearers_are_what_the_pipeline_undoes(oddity, signs, undo):
-    """Its maps agree with scipy and with images moved by hand, as tests/test_motion.py shows; and
-    the pixel that shows x looked, before, along the ray that the map turns into its."""
+    """And the pixel that shows x looked, before, along the ray that the map turns into its."""
     plan = plan_for(wearer(), 12)
     usual, odd = (sim.record(wearer(**change), plan) for change in ({}, {oddity: True}))
     felt = {"acc": odd.acc, "rot": odd.rot, "thm": odd.thm, "tof": odd.tof.reshape(-1, 5, 8, 8)}
@@ -316,8 +308,7 @@ def test_the_vertical_lies_where_it_does_in_each_behaviour(train):
 
 
 def test_gestures_move_as_much_as_the_real_ones(train, figures):
-    """Within a factor of 1.7 each, 1.25 on average, and in nearly the same order. By a plain loop,
-    with which the simulator's own figures agree."""
+    """By a plain loop, with which the simulator's own figures agree."""
     moved = {name: [] for name in GESTURES}
     for part in train.partition_by("sequence_id"):
         acc = part.select(ACC).to_numpy()

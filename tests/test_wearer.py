@@ -30,8 +30,7 @@ def test_the_evidence_of_a_turned_twin_is_the_negative(rec: cmi.Recordings) -> N
 
 
 def test_evidence_is_means_of_the_beginning_the_gesture_and_the_whole(rec: cmi.Recordings) -> None:
-    """Against a loop over some recordings; of every other the fifth ToF and THM are missing: then
-    a pair says nothing about which way round they sit."""
+    """Against a loop; of every other recording the fifth ToF and THM are missing."""
     lost_tof, lost_thm = rec.tof.copy(), rec.thm.copy()
     gone = np.repeat(np.arange(len(rec)) % 2 == 0, np.diff(rec.start))
     lost_tof[gone, 4], lost_thm[gone, 4] = 255, np.nan
