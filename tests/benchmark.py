@@ -295,13 +295,11 @@ def serving(options: Options) -> list[Row]:
     return rows
 
 
-PARTS = {part.__name__: part for part in (features, training, growth, road, serving)}
-
-
 def main() -> None:
     """Each part's figures as soon as it has them, below what they are measured on."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], default=[])
+    parts = {part.__name__: part for part in (features, training, growth, road, serving)}
+    parser.add_argument("parts", nargs="*", choices=[*parts, []], default=[])
     parser.add_argument("--bundle", type=lambda text: Path(text).absolute())
     parser.add_argument("--recordings", type=int, default=8151)
     options = parser.parse_args()
@@ -312,8 +310,8 @@ def main() -> None:
     about = f"{versions}, {time.strftime('%Y-%m-%d')}, load {os.getloadavg()[0]:.1f}"
     print(f"{os.cpu_count()} × {models[0]}, {about}\n")
     print("| part | what | ours | plain | ratio |\n|---|---|---|---|---|")
-    for name in options.parts or PARTS:
-        for what, ours, plain, unit in alone(PARTS[name], options):
+    for name in options.parts or parts:
+        for what, ours, plain, unit in alone(parts[name], options):
             other = f"{plain:,.3f} {unit} | {plain / ours:.2f} ×" if plain else " | "
             print(f"| {name} | {what} | {ours:,.3f} {unit} | {other} |", flush=True)
 

@@ -48,8 +48,7 @@ def main() -> None:
     n = len(np.unique(subject))
     draws = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), DRAWS)
     draws[0] = 1  # everybody once: the score itself
-    print("| out of fold | before | after | difference | 95 % interval |")
-    print("|---|---|---|---|---|")
+    print("| out of fold | before | after | difference | 95 % interval |\n|---|---|---|---|---|")
     for name in NAMES:
         counts = (subject_counts(side, name, truth, subject) for side in sides)
         before, after = (mean_score(own, draws) for own in counts)

@@ -57,8 +57,8 @@ def main(folder: Path, modes: str, seeds: int, trials: list[str]) -> None:
     rec = cmi.canonical(rec, cmi.find_upside_down(rec, fold, cmi.Config())[0])
     table = cmi.extract_features(rec, frames=False)[0]
     print(f"{datetime.date.today()}, {platform.platform()}, lightgbm {lgb.__version__}")
-    print("| mode | left out | columns | score | difference | log loss | difference |")
-    print("|---|---|---|---|---|---|---|", flush=True)
+    head = "| mode | left out | columns | score | difference | log loss | difference |"
+    print(head, "|---" * 7 + "|", sep="\n", flush=True)
     for mode in modes.split(","):
         seen = np.isin(table.names, table.of_mode(mode).names)
         results = []

@@ -301,10 +301,6 @@ def keras(check: Check) -> Iterator[Row]:
         base = info["score"] if policy == "float32" else base
 
 
-Part = Callable[[Check], Iterator[Row]]
-PARTS: tuple[Part, ...] = (card, precision, memory, jobs, speed, serving, resume, keras)
-
-
 def why_no_card() -> tuple[str, int]:
     """Why there is nothing to check, and the exit status; no text if a card works."""
     if cmi.working_cards():
@@ -319,7 +315,7 @@ def why_no_card() -> tuple[str, int]:
     return "No card on this machine: nothing was checked. --cpu tries this file itself.", 0
 
 
-def run_part(part: Part, check: Check) -> list[Row]:
+def run_part(part: Callable[[Check], Iterator[Row]], check: Check) -> list[Row]:
     """Its rows; a failure is one of them."""
     rows: list[Row] = []
     try:
@@ -335,7 +331,8 @@ def run_part(part: Part, check: Check) -> list[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parts = {part.__name__: part for part in PARTS}
+    every = (card, precision, memory, jobs, speed, serving, resume, keras)
+    parts = {part.__name__: part for part in every}
     parser.add_argument("parts", nargs="*", choices=[*parts, []], default=[])
     parser.add_argument("--cpu", action="store_true", help="tiny, on the CPU, to try this file")
     asked = parser.parse_args()

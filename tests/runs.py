@@ -34,11 +34,9 @@ Road, Printed, Patch = tuple[Path, str], pytest.CaptureFixture[str], pytest.Monk
 
 
 def free_ports(n: int) -> list[int]:
-    probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(n)]
+        return [probe.getsockname()[1] for probe in probes]
 
 
 def clean_environment() -> dict[str, str]:

@@ -263,11 +263,8 @@ def test_the_rerun_writes_result_json_and_returns(paths, monkeypatch):
     monkeypatch.setattr(base_gateway, "IS_RERUN", value=True)
     failed = {"Succeeded": False, "ErrorType": 3, "ErrorName": "SERVER_RAISED_EXCEPTION"}
     failed["ErrorDetails"] = "boom"
-    for listener, result in (
-        (answering(), {"Succeeded": True}),
-        (answering(ValueError("boom")), failed),
-    ):
-        server = CMIInferenceServer(listener)
+    for answer, result in ("Wave hello", {"Succeeded": True}), (ValueError("boom"), failed):
+        server = CMIInferenceServer(answering(answer))
         server.serve()
         gateway = CMIGateway(paths)
         assert gateway.client.channel_address == "inference_server"

@@ -86,8 +86,8 @@ def write_run_files(out: Path, gesture: np.ndarray) -> None:
         proba[:, 4] = 0
         proba /= proba.sum(axis=1, keepdims=True)
         np.save(out / "oof" / f"oof_{part}_proba.npy", proba.astype(np.float32))
-    row = {"score": 0.61, "low": 0.5, "high": 0.7, "folds": [0.6, 0.62], "log_loss": None}
-    row |= {"ece": None, "secs": None, "difference": None}
+    row = {"score": 0.61, "low": 0.5, "high": 0.7, "folds": [0.6, 0.62]}
+    row |= dict.fromkeys(("log_loss", "ece", "secs", "difference"))
     kinds = [(k, m) for k in ("nested", "optimistic", "assigned") for m in ("all", "imu", "mixed")]
     rows = [{"name": "blend", "mode": mode, "kind": kind} | row for kind, mode in kinds]
     row |= {"difference": {"score": -0.0123, "low": -0.03, "high": 0.0042}, "log_loss": 1.2345}
