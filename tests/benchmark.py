@@ -83,8 +83,7 @@ def simulated(subjects: int, recordings: int) -> Path:
     folder = CACHE / f"{subjects}x{recordings}-{source}"
     if not folder.exists():
         partial = folder.with_name(f".{folder.name}.{os.getpid()}")
-        size = {"subjects": subjects, "recordings_per_subject": recordings}
-        cmi_simulator.simulate(partial, test_subjects=2, seed=1, **size)
+        cmi_simulator.simulate(partial, subjects, 2, seed=1, recordings_per_subject=recordings)
         partial.rename(folder)
     return folder
 

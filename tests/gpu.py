@@ -84,7 +84,7 @@ def fit(
     job = cmi.Job(member, "all", 0, fold, train, np.flatnonzero(valid), *places)
     job.folder.mkdir(parents=True, exist_ok=True)
     info = cmi.MEMBERS[member].fit(job, own.frames, own.labels, cfg)
-    return {**info, "epochs": epochs_of(out, member)}
+    return info | {"epochs": epochs_of(out, member)}
 
 
 def epochs_of(out: Path, member: str) -> list[Info]:
@@ -129,8 +129,7 @@ class Check:
         self.scale, self.cpu, self.folder, self.began = scale, cpu, folder, time.monotonic()
         self.source = folder / "data"
         self.epochs = {"TORCH_MAX_EPOCHS": str(scale.epochs), "TORCH_BATCH_SIZE": "16"}
-        people = {"subjects": scale.subjects, "recordings_per_subject": scale.recordings}
-        cmi_simulator.simulate(self.source, test_subjects=0, seed=1, **people)
+        cmi_simulator.simulate(self.source, scale.subjects, 0, 1, scale.recordings)
 
     def on_card(self, *trainings: Info) -> bool:
         """Did all run where they were meant to? One that was meant for a card may meet a full one."""

@@ -33,8 +33,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         env = {"OUTPUT_PATH": scratch, **dict(word.split("=", 1) for word in options.settings)}
         data = training_data(options.subjects, cfg := cmi.Config.from_env(env))
-        where = options.member, options.mode, options.fold
-        job, x, (secs, used) = fit_fold(*where, data, cfg)
+        job, x, (secs, used) = fit_fold(options.member, options.mode, options.fold, data, cfg)
         models = member.load(job.folder, [job.stem], data.labels.table, cfg)
         composite = member.predict(models, x.take(job.valid))[0]
     proba, truth = cmi.gesture_proba(composite, data.labels.table), data.labels.gesture[job.valid]
