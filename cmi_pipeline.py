@@ -2079,7 +2079,7 @@ def predict_lgbm(folds: Sequence[LgbmFold], table: FeatureTable) -> F32:
 # state, all that training changes, and restore. It names its device, precision, out_of_memory.
 
 # %%
-NETWORK_FORM = 4  # raise it when files or checkpoints of networks change
+NETWORK_FORM = 5  # raise it when files or checkpoints of networks change
 Logits = Callable[[Batch], tuple[F32, F32]]  # of gesture (B, K) and label (B, L)
 
 
@@ -2281,8 +2281,8 @@ def predict_folds(folds: Sequence[NetworkFold], frames: Frames) -> F32:
 # ## 10 Torch
 #
 # In: Batches. Out: logits. A stem per sensor group → residual SE blocks, each halving time → BiLSTM
-# → GRU → attention that the gesture phase guides → heads. Padding is zero after every layer and
-# enters no statistic. All classes stand in one builder, so that importing this file loads no torch.
+# → attention that the gesture phase guides → heads. Padding is zero after every layer and enters
+# no statistic. All classes stand in one builder, so that importing this file loads no torch.
 
 # %%
 STEM_WIDTH = {"acc": 32, "rot": 32, "motion": 32, "thm": 16}  # ToF sensors: TOF_WIDTH each
@@ -2426,7 +2426,6 @@ def torch_classes() -> types.SimpleNamespace:  # noqa: C901 a builder that only 
             widths = (self.stem.width + 1, w, w + w // 2, 2 * w)
             self.blocks = nn.ModuleList(Block(a, b) for a, b in itertools.pairwise(widths))
             self.lstms = nn.ModuleList(nn.LSTM(2 * w, w, batch_first=True) for _ in range(2))
-            self.gru = nn.GRU(2 * w, 2 * w, batch_first=True)
             self.head = Head(spec, dropout)
 
         def forward(self, x: Tensor, images: Any, noise: Any = None) -> Any:
@@ -2438,13 +2437,13 @@ def torch_classes() -> types.SimpleNamespace:  # noqa: C901 a builder that only 
                 h, mask = block(h, mask)
             with torch.autocast(h.device.type, enabled=False):  # the rest is small: float32
                 h = drop(h.float(), self.dropout, noise, self.training)
-                for layer in (*self.lstms, self.gru):
+                for layer in self.lstms:
                     layer.flatten_parameters()  # for the copies that DataParallel makes
                 there, back = self.lstms
                 order = turned_steps(mask[..., 0])
                 turned = back(reordered(h, order))[0]
                 h = torch.cat([there(h)[0], reordered(turned, order)], 2)
-                return self.head(self.gru(h)[0], mask[..., 0], noise)
+                return self.head(h, mask[..., 0], noise)
 
     return types.SimpleNamespace(Network=Network)
 
@@ -2484,7 +2483,7 @@ def working_cards() -> tuple[int, ...]:
             cards.append(i)
         except (RuntimeError, AssertionError) as error:
             log("warning", card=f"{i} is there and does not work", why=str(error).split("\n")[0],
-                instead="the CPU; choose accelerator GPU T4 x2, or another torch")  # fmt: skip
+                instead="the CPU; free it, choose GPU T4 x2, or another torch")  # fmt: skip
     return tuple(cards)
 
 
@@ -2754,10 +2753,9 @@ def connect_layers(spec: NetworkSpec, dropout: float, policy: str = "float32") -
     cell = layers.GRU(w, return_sequences=True, use_cudnn=False, name="gru")
     h = layers.Bidirectional(cell, name="bigru")(h, mask=steps)
     scores = layers.Dense(4, name="scores")(layers.Dense(w, "tanh", name="hidden")(h))
-    scores = layers.Permute((2, 1), name="by_head")(scores)  # (B, heads, T / 8)
-    every_head = layers.RepeatVector(4, name="every_head")(steps)
-    share = layers.Softmax(name="share")(scores, mask=every_head)
-    h = layers.Flatten(name="pooled")(layers.Dot((2, 1), name="mean")([share, h]))
+    every_head = layers.Permute((2, 1), name="by_step")(layers.RepeatVector(4, name="every")(steps))
+    share = layers.Softmax(axis=1, name="share")(scores, mask=every_head)  # (B, T / 8, heads)
+    h = layers.Flatten(name="pooled")(layers.Dot((1, 1), name="mean")([share, h]))
     h = layers.Dropout(dropout, name="dropout_pooled")(h)
     h = layers.Dense(2 * w, "relu", name="dense")(h)
     h = layers.Dropout(dropout, name="dropout_dense")(h)

@@ -90,7 +90,7 @@ FAULTS = [Fault(*row) for row in (
     ("checkpoint of other settings used", 'return settings, arrays, note, difference(settings, note["settings"])', 'return settings, arrays, note, ""', "networks"),
     ("noise of an epoch by chance", "self.noise = torch.Generator(self.device).manual_seed(seed) if one_device else None", "self.noise = None", "networks"),
     ("way back from the padding", "own = torch.where(step < length, length - 1 - step, step)", "own = mask.shape[1] - 1 - step + 0 * length", "networks"),
-    ("Keras masks nothing", 'share = layers.Softmax(name="share")(scores, mask=every_head)', 'share = layers.Softmax(name="share")(scores)', "networks"),
+    ("Keras masks nothing", 'share = layers.Softmax(axis=1, name="share")(scores, mask=every_head)', 'share = layers.Softmax(axis=1, name="share")(scores)', "networks"),
     # ---- members, plan, jobs
     ("trained and scored on the same", "split = np.flatnonzero(self.fold != k), np.flatnonzero(self.fold == k)", "split = np.flatnonzero(self.fold >= 0), np.flatnonzero(self.fold == k)[:0]", "members"),
     ("changed bytes pass", "if not p.is_file() or digest(p.read_bytes()) != was)", "if not p.is_file())", "members"),
