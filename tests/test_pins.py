@@ -47,7 +47,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 @pytest.mark.parametrize(("trainer", "server"), [*itertools.permutations(PYTHONS, 2)])
-def test_serving(data: Path, trained: Any, trainer: str, server: str, tmp_path: Path) -> None:
+def test_others_serve(data: Path, trained: Any, trainer: str, server: str, tmp_path: Path) -> None:
     """Without a fallback; nearly all answers are the same, for the last digits may differ."""
     folder, before = trained(trainer)
     out = copied(folder, tmp_path / "out", "submission.parquet", "checkpoints", "logs")

@@ -113,8 +113,8 @@ def test_a_frame_gives_the_same_of_whatever_type_it_is(folder: Path, rec: cmi.Re
 
 
 @pytest.mark.parametrize(("change", "told", "lost"), DAMAGE)
-def test_damage_is_told(rec: Any, damaged: Any, capsys: Any, change: Any, told: str, lost: Any):
-    """And costs no more than it must."""
+def test_damage(rec: Any, damaged: Any, capsys: Any, change: Any, told: str, lost: Any) -> None:
+    """It is told and costs no more than it must."""
     found = cmi.read_train(damaged(change))
     assert told in capsys.readouterr().out
     assert sorted(found.sequence_id) == sorted(rec.sequence_id)

@@ -198,7 +198,7 @@ def test_questions_at_once_are_answered_one_after_the_other(serve: Serve) -> Non
     assert told == ["begins", "ends"] * 4
 
 
-def test_passed_over(serve: Any, tmp_path: Path, monkeypatch: Patch, capsys: Printed) -> None:
+def test_others_are_told(serve: Any, tmp_path: Path, monkeypatch: Patch, capsys: Printed) -> None:
     """Of several weights, as with two bundles attached, the first are taken; the others are told."""
     monkeypatch.setattr(cmi, "KAGGLE_INPUT", tmp_path / "input")
     predictor = serve({"lgbm/all": always(0)}, weights_of({"lgbm/all": 1.0}), **PLAIN)
