@@ -175,7 +175,7 @@ class Config:
     sim_test_subjects: int = setting(2, "test subjects of the simulation", (), (1, 10**4))
     sim_recordings: int = setting(102, "recordings a simulated subject, at most 102", (), (1, 102))
 
-    fixed_pad_len: int = setting(90, "last rows a network sees; 0: percentile", NETWORKS, (0, 5000))
+    fixed_pad_len: int = setting(144, "last rows networks see; 0: percentile", NETWORKS, (0, 5000))
     pad_len_percentile: float = setting(95.0, "of lengths if FIXED_PAD_LEN=0", NETWORKS, (1, 100))
     modality_dropout_prob: float = setting(0.3, "share that loses ToF, THM, both", EVERY, (0, 1))
     frame_cache: bool = setting(True, "keep frames in memory; 0: always mapped from disk")
@@ -4306,7 +4306,7 @@ def serve(cfg: Config) -> None:
 
 
 # %%
-DEMO = {"n_folds": 3, "torch_max_epochs": 9, "keras_max_epochs": 9}
+DEMO = {"n_folds": 3, "fixed_pad_len": 90, "torch_max_epochs": 9, "keras_max_epochs": 9}
 COMPETITION = "cmi-detect-behavior-with-sensor-data"
 
 
