@@ -134,7 +134,7 @@ def test_a_full_disk_leaves_the_package(copy: Path, tmp_path: Path, monkeypatch:
 def test_what_kaggle_would_refuse_is_refused_here(copy: Path) -> None:
     target = copy.parent / "bundles"
     wrong = [(slug, "A title", "write user/name") for slug in ("cmi-bundles", "a/CMI--b", "a/b/c")]
-    for word in ("Five5", "x" * 51):
+    for word in ("five5", "x" * 51):
         wrong.append((f"a/{word}", "A title", f"the name in --slug has {len(word)} characters"))
         wrong.append(("a/cmi-66", word, f"--title has {len(word)} characters"))
     for slug, title, message in wrong:
