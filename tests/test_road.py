@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -199,6 +200,19 @@ def test_the_real_rows_take_the_whole_road(tmp_path: Path) -> None:
     """15 recordings of 14 subjects: most classes are missing from most folds."""
     runs.good(runs.run(tmp_path / "out", CMI_DATA_DIR=REAL, N_FOLDS="3", USE_KERAS="0"))
     check_submission(tmp_path / "out", Path(REAL))
+
+
+@real
+def test_a_simulated_bundle_serves_real_files(road: Road, tmp_path: Path, capsys: Printed) -> None:
+    (data := tmp_path / "test_only").mkdir()
+    for name in ("test.csv", "test_demographics.csv"):
+        shutil.copy(Path(REAL, name), data / name)
+    out = runs.copied(road[0], tmp_path / "out")
+    assert run_here(out, CMI_DATA_DIR=str(data)) is None
+    printed = capsys.readouterr().out
+    assert "serve what is there" in printed
+    assert "fallbacks=0" in printed
+    check_submission(out, data)
 
 
 def test_the_hidden_rerun_is_served_without_any_bundle(road: Road, tmp_path: Path) -> None:
