@@ -24,7 +24,7 @@ SCRIPT = ROOT / "cmi_pipeline.py"
 SMALL = {
     "SIM_SUBJECTS": "5", "SIM_TEST_SUBJECTS": "1", "SIM_RECORDINGS": "16", "N_FOLDS": "2",
     "LGBM_ROUNDS": "30", "LGBM_LR": "0.1", "TORCH_MAX_EPOCHS": "2", "KERAS_MAX_EPOCHS": "1",
-    "NO_ROTATION": "1", "STRICT": "1",
+    "FIXED_PAD_LEN": "90", "NO_ROTATION": "1", "STRICT": "1",
 }  # fmt: skip
 QUICK = {"USE_TORCH": "0", "USE_KERAS": "0"}
 ALIKE = {"SUBJECT_ASSIGNMENT": "0"}  # answers do not depend on the order of the questions
