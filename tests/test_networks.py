@@ -318,11 +318,11 @@ def test_accumulated_pieces_have_the_gradient_of_the_whole(member: str, tmp_path
         learner.begin_epoch(1)
         losses.append(learner.train_step(twelve.pieces(size), 1e-3))
         after = learner.weights()
-        ends.append(np.concatenate([(after[k] - before[k]).ravel() for k in before]))
+        moved = [k for k in before if "running_" not in k]  # Torch's norms move with every piece
+        ends.append(np.concatenate([(after[k] - before[k]).ravel() for k in moved]))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert np.median(np.abs(ends[0])) > 5e-4, "the first step of AdamW is about the rate"
-    # the rest are the norms' running statistics, which move with every piece
-    assert np.quantile(np.abs(ends[0] - ends[1]), 0.97) < 2e-5
+    assert np.quantile(np.abs(ends[0] - ends[1]), 0.98) < 2e-5
 
 
 @both
