@@ -105,6 +105,13 @@ def attitude(rot):
     return Rotation.from_quat(rot, scalar_first=True)
 
 
+def test_sequence_ids_rise_and_subjects_are_mixed(recordings, test_set):
+    names, subject = recordings["sequence_id"].to_list(), recordings["subject"]
+    assert names == sorted(set(names))
+    assert not set(names) & set(test_set["sequence_id"])
+    assert (subject != subject.shift(1)).mean() > 0.85
+
+
 def test_columns_are_the_competitions_in_its_order(train, test_set):
     head = ["row_id", "sequence_type", "sequence_id", "sequence_counter", "subject"]
     head += ["orientation", "behavior", "phase", "gesture"]
