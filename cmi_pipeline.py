@@ -198,7 +198,7 @@ class Config:
     time_mask_prob: float = setting(0.2, "share that loses some rows", NETWORKS, (0, 1))
     channel_mask_prob: float = setting(0.1, "share that loses some channels", NETWORKS, (0, 1))
 
-    torch_max_epochs: int = setting(30, "epochs at most", TORCH, COUNT)
+    torch_max_epochs: int = setting(20, "epochs at most", TORCH, COUNT)
     torch_batch_size: int = setting(0, "recordings a step; 0: 1/100 of all, 16 to 64", TORCH, SIZE)
     torch_accum_steps: int = setting(1, "micro-batches a step", TORCH, COUNT)
     torch_lr: float = setting(2e-3, "peak learning rate", TORCH, (0, 1))
@@ -217,15 +217,14 @@ class Config:
     torch_threads: int = setting(1, "CPU threads of one network", (), (1, 256))
     dl_num_workers: int = setting(0, "kept for old notebooks: no effect, batches need no workers")
 
-    keras_max_epochs: int = setting(40, "epochs at most", KERAS, COUNT)
-    keras_batch_size: int = setting(512, "recordings a step, at most 1/16 of all", KERAS, COUNT)
-    keras_lr: float = setting(2e-3, "learning rate", KERAS, (0, 1))
+    keras_max_epochs: int = setting(20, "epochs at most", KERAS, COUNT)
+    keras_batch_size: int = setting(64, "recordings a step, at most 1/16 of all", KERAS, COUNT)
+    keras_lr: float = setting(3e-3, "peak learning rate", KERAS, (0, 1))
     keras_weight_decay: float = setting(1e-2, "weight decay", KERAS, (0, 10))
     keras_dropout: float = setting(0.2, "dropout", KERAS, (0, 0.95))
     keras_label_smoothing: float = setting(0.1, "label smoothing", KERAS, (0, 0.95))
     keras_width: int = setting(64, "channels of the first block", KERAS, (16, 1024))
-    keras_es_patience: int = setting(5, "epochs without gain until it stops; 0: never", KERAS, SIZE)
-    keras_rlr_patience: int = setting(3, "epochs until the rate halves; 0: one cycle", KERAS, SIZE)
+    keras_es_patience: int = setting(0, "epochs without gain until it stops; 0: never", KERAS, SIZE)
     keras_mp: bool = setting(True, "mixed precision where a GPU has it")
     keras_policy: str = setting("", "forces a dtype policy", (), POLICIES)
     keras_jit: bool = setting(False, "XLA")
@@ -329,6 +328,7 @@ ALIASES = {  # likely slips, and names of the first version, that look unlike wh
     **dict.fromkeys(("CMI_DATA", "DATA_DIR"), "CMI_DATA_DIR"),
     "OUTPUT_DIR": "OUTPUT_PATH",
     "TORCH_ROTATE_PROB": "JITTER_PROB",
+    "KERAS_RLR_PATIENCE": "KERAS_LR, the peak of one cycle",
     **{f"TORCH_{name}_PROB": f"{name}_PROB" for name in ("MIXUP", "STRETCH", "SHIFT")},
 }
 KNOWN_NAMES = [*(f.name.upper() for f in dataclasses.fields(Config)), "MODEL_PATH"]
@@ -2137,15 +2137,9 @@ class Training:
             log("resume", job=job.name, epoch=len(self.done["history"]))
 
     def rates(self) -> list[float]:
-        """Of the next epoch: halved after each RLR_PATIENCE epochs without a lower validation loss;
-        without that setting one cosine up to the peak, another down."""
-        peak, patience, n = self.own["lr"], self.own.get("rlr_patience"), self.n_batches
-        losses = [epoch["val_loss"] for epoch in self.done["history"]]
-        if patience:
-            waited = [k - int(np.argmin(losses[: k + 1])) for k in range(len(losses))]
-            halved = sum(epochs > 0 and epochs % patience == 0 for epochs in waited)
-            return [max(peak / 2**halved, min(peak, 1e-6))] * n
-        step, last = len(losses) * n + np.arange(n), self.own["max_epochs"] * n - 1
+        """Of the next epoch's steps: over the whole training one cosine up, another down."""
+        peak, done, n = self.own["lr"], len(self.done["history"]), self.n_batches
+        step, last = done * n + np.arange(n), self.own["max_epochs"] * n - 1
         top = 0.3 * (last + 1) - 1
         part = np.where(step > top, (last - step) / max(last - top, 1), step / max(top, 1))
         low = np.where(step > top, peak / 25e4, peak / 25)

@@ -36,8 +36,7 @@ both = pytest.mark.parametrize("member", ["keras", "torch"])
 def config(member: str, **changes: Any) -> cmi.Config:
     """A tiny network; what is no setting by its own name is one of the member."""
     known = {f.name for f in dataclasses.fields(cmi.Config)}
-    plateau = {"rlr_patience": 1} if member == "keras" else {}
-    own = {k if k in known else f"{member}_{k}": v for k, v in (TINY | plateau | changes).items()}
+    own = {k if k in known else f"{member}_{k}": v for k, v in (TINY | changes).items()}
     shares = {f"{name}_prob": share for name, share in SELDOM.items()}
     return cmi.Config(**({"fixed_pad_len": 24, "keras_threads": 1} | shares | own))
 
@@ -189,7 +188,7 @@ def test_a_fold_beside_another_is_as_in_a_full_run(trained: Any, tmp_path: Path)
 
 
 def test_resumed_is_as_undisturbed(trained: Any, tmp_path: Path, monkeypatch: Patch) -> None:
-    """The validation loss is dictated, so that the rate halves twice and the fourth is the best."""
+    """The validation loss is dictated, so that the fourth epoch is the best."""
     truth, found, weights = LABELS.gesture[trained.job.valid, None], [], []
 
     def logits(learner: Any, _: cmi.Batch) -> tuple[Array, Array]:
@@ -213,8 +212,6 @@ def test_resumed_is_as_undisturbed(trained: Any, tmp_path: Path, monkeypatch: Pa
         assert progress_of(job, "epoch") == [1, 2, 3, 4, 5, 6]
         said = [progress_of(job, name) for name in ("val_loss", "lr", "train_loss")]
         np.testing.assert_allclose(said[0], [1.0, 0.9, 0.95, 0.5, 0.6, 0.7], rtol=1e-4)
-        if job.member == "keras":
-            np.testing.assert_allclose(said[1], [0.01, 0.01, 0.01, 0.005, 0.005, 0.0025])
         found.append(numbers(job) | {"said": np.array(said)})
     assert_same(*found, trained.member)
     for epoch in (4, 5):
@@ -404,12 +401,14 @@ def test_a_card_that_tensorflow_lists_and_cannot_use(monkeypatch: Patch, capsys:
         assert (learner.device, learner.precision) == (device, policy)
 
 
-def test_one_cycle_is_that_of_torch(tmp_path: Path, monkeypatch: Patch) -> None:
+@both
+def test_one_cycle_is_that_of_torch(member: str, tmp_path: Path, monkeypatch: Patch) -> None:
     """Over the steps, whose size is capped at four for so few recordings and given in pieces."""
-    calls = patch_step(monkeypatch, "torch", lambda *_: 1.0)
-    cfg = config("torch", max_epochs=5, lr=3e-3, es_patience=0, batch_size=512, accum_steps=2)
-    fit(job_in(tmp_path, "torch"), cfg)
-    assert [sizes for sizes, _ in calls] == [[2, 2]] * 30
+    calls = patch_step(monkeypatch, member, lambda *_: 1.0)
+    pieces = {"accum_steps": 2} if member == "torch" else {}
+    cfg = config(member, max_epochs=5, lr=3e-3, es_patience=0, batch_size=512, **pieces)
+    fit(job_in(tmp_path, member), cfg)
+    assert [sizes for sizes, _ in calls] == [[2, 2] if pieces else [4]] * 30
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=30)
     for _, rate in calls:

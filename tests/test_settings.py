@@ -13,7 +13,7 @@ from runs import Patch, Printed
 import cmi_pipeline as cmi
 
 UNUSABLE = {
-    "KERAS_BATCH_SIZE='51x'": " cannot be read as int (default 512).",
+    "KERAS_BATCH_SIZE='51x'": " cannot be read as int (default 64).",
     "STRICT='maybe'": " cannot be read as bool (default False).",
     "N_FOLDS=1": " must be from 2 to",
     "SUBJECT_ASSIGNMENT=2": " must be one of auto, 0, 1.",
