@@ -3211,7 +3211,8 @@ def run_jobs(jobs: Sequence[Job], data: TrainingData, outlook: Outlook, cfg: Con
         tasks.append(joblib.delayed(run_job)(*task))
     try:
         with joblib.parallel_config(**backend, n_jobs=workers):
-            done = joblib.Parallel(return_as="generator_unordered")(tasks)
+            each = "list" if backend["backend"] == "ray" else "generator_unordered"  # Ray cannot
+            done = joblib.Parallel(return_as=each)(tasks)
             if cfg.use_tqdm and sys.stderr.isatty() and package_version("tqdm"):
                 done = tqdm.tqdm(done, name, len(jobs))
             for job, info in done:
@@ -3249,8 +3250,9 @@ def joblib_backend(cfg: Config) -> dict[str, Any]:
                 ours = {"py_modules": [__file__]}
                 ray.init(cfg.ray_address or "local", num_cpus=cpus, runtime_env=ours)
             importlib.import_module("ray.util.joblib").register_ray()
-    except ImportError as error:
-        raise ConfigError(f"CMI_BACKEND={cfg.cmi_backend} needs a package: {error}.") from None
+    except (ImportError, OSError) as error:  # also a scheduler or cluster that does not answer
+        what = "needs a package" if isinstance(error, ImportError) else "is not reached"
+        raise ConfigError(f"CMI_BACKEND={cfg.cmi_backend} {what}: {error!s:.300}.") from None
     # loky starts a worker anew when its memory has grown, as by importing torch
     warnings.filterwarnings("ignore", "A worker stopped while some jobs were given")
     return {"backend": cfg.cmi_backend}
