@@ -216,7 +216,7 @@ def sure(label: int, share: float) -> np.ndarray:
 
 def test_retries_take_one_place_and_more_than_the_protocol_is_judged_alone() -> None:
     wearer, other = (cmi.Assignment(TABLE, np.ones(L, np.int64)) for _ in range(2))
-    for label in (*range(L), 3, 0, 7):  # the last three are asked again
+    for label in (3, 0, 3, *range(L), 7):  # some are asked again, while there is room and when not
         assert wearer.gesture(f"SEQ_{label}", sure(label, 0.9)) == TABLE[label, 2]
     for label in (0, 4):
         assert wearer.gesture(f"SEQ_more{label}", sure(label, 0.6)) == TABLE[label, 2]
