@@ -93,7 +93,7 @@ FAULTS = [Fault(*row) for row in (
     ("Keras masks nothing", 'share = layers.Softmax(axis=1, name="share")(scores, mask=every_head)', 'share = layers.Softmax(axis=1, name="share")(scores)', "networks"),
     # ---- members, plan, jobs
     ("trained and scored on the same", "split = np.flatnonzero(self.fold != k), np.flatnonzero(self.fold == k)", "split = np.flatnonzero(self.fold >= 0), np.flatnonzero(self.fold == k)[:0]", "members"),
-    ("changed bytes pass", "if not p.is_file() or digest(p.read_bytes()) != was)", "if not p.is_file())", "members"),
+    ("changed bytes pass", "if not p.is_file() or digest(p.read_bytes()) != was)", "if not p.is_file())", "faults"),
     ("data not in the fingerprint", '"data": data.data_digest,', "", "members"),
     ("changed input unseen", "if not np.allclose(now[\"probe\"], then[\"probe\"], rtol=1e-2, atol=1e-3):", "if False:", "members"),
     ("note written first", "job.note.unlink(missing_ok=True)", "pass", "members"),
