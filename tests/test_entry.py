@@ -105,8 +105,8 @@ def test_the_competition_is_found(plain: Path, kaggle: Path, capsys: Printed, be
     (kaggle / below).parent.mkdir(exist_ok=True)
     (kaggle / below).symlink_to(data_of(plain))
     bundle = copied(plain, kaggle / "a-bundle", "lgbm_models", "checkpoints")
-    (kaggle / "half").mkdir()
-    shutil.copy(data_of(plain) / "test_demographics.csv", kaggle / "half")
+    (half := kaggle / "a-half" / COMPETITION).mkdir(parents=True)
+    shutil.copy(data_of(plain) / "test.csv", half)
     printed = plan_there(kaggle, capsys)
     assert f"data {kaggle / below}" in printed
     assert f"passed over: {data_of(bundle)} " in printed
