@@ -2138,8 +2138,8 @@ class Training:
 
     def rates(self) -> list[float]:
         """Of the next epoch's steps: over the whole training one cosine up, another down."""
-        peak, done, n = self.own["lr"], len(self.done["history"]), self.n_batches
-        step, last = done * n + np.arange(n), self.own["max_epochs"] * n - 1
+        peak, epoch, n = self.own["lr"], len(self.done["history"]), self.n_batches
+        step, last = epoch * n + np.arange(n), self.own["max_epochs"] * n - 1
         top = 0.3 * (last + 1) - 1
         part = np.where(step > top, (last - step) / max(last - top, 1), step / max(top, 1))
         low = np.where(step > top, peak / 25e4, peak / 25)
@@ -3251,7 +3251,7 @@ def joblib_backend(cfg: Config) -> dict[str, Any]:
                 ray.init(cfg.ray_address or "local", num_cpus=cpus, runtime_env=ours)
             importlib.import_module("ray.util.joblib").register_ray()
     except (ImportError, OSError) as error:  # also a scheduler or cluster that does not answer
-        what = "needs a package" if isinstance(error, ImportError) else "is not reached"
+        what = "needs a package" if isinstance(error, ImportError) else "does not start"
         raise ConfigError(f"CMI_BACKEND={cfg.cmi_backend} {what}: {error!s:.300}.") from None
     # loky starts a worker anew when its memory has grown, as by importing torch
     warnings.filterwarnings("ignore", "A worker stopped while some jobs were given")

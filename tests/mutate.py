@@ -82,7 +82,7 @@ FAULTS = [Fault(*row) for row in (
     ("one head only", "mean = (special.softmax(gesture, axis=1) + summed) / 2", "mean = summed", "networks"),
     ("padding enters the statistics", "return mask.flatten().nonzero()[:, 0]", "return (mask >= 0).flatten().nonzero()[:, 0]", "networks"),
     ("no warm-up", "top = 0.3 * (last + 1) - 1", "top = -1.0", "networks"),
-    ("a cycle for each epoch", "done * n + np.arange(n)", "np.arange(n)", "networks"),
+    ("a cycle for each epoch", "epoch * n + np.arange(n)", "np.arange(n)", "networks"),
     ("last weights in place of the best", 'if not self.own["es_patience"] or epoch["val_loss"] < lowest:', "if True:", "networks"),
     ("resumed without its optimiser", 'TORCH_STATE = ("net", "average", "optimizer", "scaler")', 'TORCH_STATE = ("net", "average", "scaler")', "networks"),
     ("pieces weigh alike", "loss = self.loss(outputs, piece) * (len(piece) / n)", "loss = self.loss(outputs, piece)", "networks"),

@@ -105,8 +105,7 @@ def test_the_competition_is_found(plain: Path, kaggle: Path, capsys: Printed, be
     (kaggle / below).parent.mkdir(exist_ok=True)
     (kaggle / below).symlink_to(data_of(plain))
     bundle = copied(plain, kaggle / "a-bundle", "lgbm_models", "checkpoints")
-    (half := kaggle / "a-half" / COMPETITION).mkdir(parents=True)
-    shutil.copy(data_of(plain) / "test.csv", half)
+    copied(data_of(plain), kaggle / "a-half" / COMPETITION, "test_demographics.csv")
     printed = plan_there(kaggle, capsys)
     assert f"data {kaggle / below}" in printed
     assert f"passed over: {data_of(bundle)} " in printed

@@ -405,10 +405,9 @@ def test_a_card_that_tensorflow_lists_and_cannot_use(monkeypatch: Patch, capsys:
 def test_one_cycle_is_that_of_torch(member: str, tmp_path: Path, monkeypatch: Patch) -> None:
     """Over the steps, whose size is capped at four for so few recordings and given in pieces."""
     calls = patch_step(monkeypatch, member, lambda *_: 1.0)
-    pieces = {"accum_steps": 2} if member == "torch" else {}
-    cfg = config(member, max_epochs=5, lr=3e-3, es_patience=0, batch_size=512, **pieces)
+    cfg = config(member, max_epochs=5, lr=3e-3, es_patience=0, batch_size=512, torch_accum_steps=2)
     fit(job_in(tmp_path, member), cfg)
-    assert [sizes for sizes, _ in calls] == [[2, 2] if pieces else [4]] * 30
+    assert [sizes for sizes, _ in calls] == [[2, 2] if member == "torch" else [4]] * 30
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=30)
     for _, rate in calls:
